@@ -1,0 +1,186 @@
+"""The supernet against its reference: stand-alone sub-networks of plain torch layers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from tests.conftest import SMALL_TUBES, clip_batch, image_batch
+from vimnas_ds.model.alphas import Alphas, one_hot
+from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.tokens import sincos_positions, token_centres
+from vimnas_ds.ops.gates import hidden_mass, leading_mass, weighted_layer_norm
+from vimnas_ds.ops.sliced_linear import sliced_linear, sliced_linear_ref
+from vimnas_ds.space import SPACES
+from vimnas_ds.tubes import TUBELET
+
+SPACE = SPACES["nano"]
+INPUTS = (("imagenet", image_batch()), ("k400", clip_batch()))
+PLAIN = ModelOptions()
+FULL = ModelOptions(qk_norm=True, layer_scale=0.5)
+
+
+def sampled_archs(count: int):
+    rng = random.Random(0)
+    return [SPACE.smallest(), SPACE.largest(), *(SPACE.sample(rng) for _ in range(count))]
+
+
+@pytest.mark.parametrize("geometry", [SMALL_TUBES, TUBELET])
+@pytest.mark.parametrize("options", [PLAIN, FULL])
+def test_sampled_equals_extracted(build_supernet, options, geometry):
+    net = build_supernet(options, geometry)
+    for arch in sampled_archs(4):
+        sub = net.extract(arch)
+        for dataset, x in INPUTS:
+            assert_close(net(x, arch, dataset), sub(x, dataset), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [PLAIN, FULL])
+def test_superposed_at_one_hot_equals_sampled(build_supernet, options):
+    net = build_supernet(options)
+    for arch in sampled_archs(4):
+        for dataset, x in INPUTS:
+            soft = net.superposed(x, one_hot(SPACE, arch), dataset)
+            assert_close(soft, net(x, arch, dataset), atol=1e-5, rtol=1e-5)
+
+
+def test_activation_checkpointing_changes_no_bit(build_supernet):
+    grads = []
+    for switch in (False, True):
+        net = build_supernet(ModelOptions(drop_path=0.5, activation_checkpointing=switch)).train()
+        torch.manual_seed(5)
+        net(clip_batch(), SPACE.largest(), "k400").square().sum().backward()
+        grads.append([p.grad for p in net.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("decision", ["num_heads[1]", "mlp_ratio[1]"])
+def test_a_branch_is_linear_in_its_masses(build_supernet, decision):
+    """At soft alpha the branch's output at p = (t, 1-t) is the t-mixture of its ends: a decision
+    that acted twice or three times would make it a higher polynomial."""
+    block = build_supernet(FULL).blocks[1]
+    x = torch.randn(2, 9, 64)
+    soft = torch.tensor([0.2, 0.3, 0.5])
+    embed = leading_mass(soft, SPACE.embed_dim, 64)
+
+    def branch(p: torch.Tensor) -> torch.Tensor:
+        heads = leading_mass(p if "heads" in decision else torch.tensor([0.4, 0.6]), (1, 2), 2)
+        ratio = p if "ratio" in decision else torch.tensor([0.4, 0.6])
+        hidden = hidden_mass(soft, ratio, SPACE.embed_dim, (2, 4), 256)
+        if "heads" in decision:  # the attention branch alone: the MLP is not linear in its input
+            qkv = block.attn.qkv.forward_frozen(block.norm1.forward_frozen(x, embed))
+            block.mlp.fc2.weight.data.zero_()
+            block.mlp.fc2.bias.data.zero_()
+            assert qkv.shape[-1] == 96
+        return block.forward_superposed(x, embed, heads, hidden)
+
+    ends = [branch(torch.tensor(p)) for p in ([1.0, 0.0], [0.0, 1.0])]
+    mixed = branch(torch.tensor([0.3, 0.7]))
+    assert_close(mixed, 0.3 * ends[0] + 0.7 * ends[1], atol=1e-5, rtol=1e-5)
+    assert (ends[0] - ends[1]).abs().max() > 1e-2
+
+
+def test_gates_equal_padded_weight_mixture():
+    """The definition, W_mix = sum_k p_k PAD(W[:, :k]), computed as written."""
+    p, cuts = torch.tensor([0.2, 0.3, 0.5]), (3, 5, 8)
+    weight, x = torch.randn(4, 8), torch.randn(6, 8)
+    mixed = sum(p[k] * F.pad(weight[:, :c], (0, 8 - c)) for k, c in enumerate(cuts))
+    assert_close((x * leading_mass(p, cuts, 8)) @ weight.t(), x @ mixed.t())
+
+
+def test_hidden_mass_counts_every_pair_of_embed_and_ratio():
+    pe, pr = torch.tensor([0.25, 0.75]), torch.tensor([0.1, 0.9])
+    mass = hidden_mass(pe, pr, (2, 3), (2, 3.5), 10)  # widths 4, 7, 6, 10
+    for j in range(10):
+        expected = sum(
+            float(pe[a] * pr[b])
+            for a, e in enumerate((2, 3))
+            for b, r in enumerate((2, 3.5))
+            if int(e * r) > j
+        )
+        assert float(mass[j]) == pytest.approx(expected)
+
+
+def test_layer_norm_statistics_are_weighted():
+    x = torch.randn(5, 8) * 3 + 1
+    mass = torch.tensor([1, 1, 1, 0.6, 0.6, 0.1, 0.1, 0.1])
+    weight, bias = torch.randn(8), torch.randn(8)
+    mean = (x * mass).sum(-1, keepdim=True) / mass.sum()
+    var = ((x - mean) ** 2 * mass).sum(-1, keepdim=True) / mass.sum()
+    expected = ((x - mean) / (var + 1e-6).sqrt() * weight + bias) * mass
+    assert_close(weighted_layer_norm(x, mass, weight, bias, 1e-6), expected)
+    plain = (F.layer_norm(x, (8,), weight, bias, 1e-6)) * mass
+    assert (expected - plain).abs().max() > 0.1  # padded statistics would be another result
+
+
+def test_alphas_get_gradients_and_weights_none(build_supernet):
+    net = build_supernet(FULL)
+    alphas = Alphas(SPACE, 0.1, torch.Generator().manual_seed(0))
+    loss = net.superposed(clip_batch(), alphas.probabilities(), "k400").square().mean()
+    grads = torch.autograd.grad(loss, list(alphas))
+    assert all(g.abs().max() > 0 for g in grads)
+    assert all(p.grad is None for p in net.parameters())
+    loss = net.superposed(clip_batch(), alphas.probabilities(), "k400").sum()
+    loss.backward()
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_qkv_rows_and_biases_keep_their_roles(build_supernet):
+    """With fewer heads, q, k and v are each their own leading rows: none changes role."""
+    attn = build_supernet().blocks[0].attn
+    x = torch.randn(2, 3, 32)
+    q, k, v = attn.qkv(x, 16).unbind(0)
+    for role, y in enumerate((q, k, v)):
+        rows = slice(role * 32, role * 32 + 16)
+        assert_close(y, F.linear(x, attn.qkv.weight[rows, :32], attn.qkv.bias[rows]))
+
+
+def test_positions_of_a_sliced_width_keep_all_three_axes():
+    centres = token_centres(SMALL_TUBES, (8, 32, 32), False)
+    for width in SPACE.embed_dim:
+        position = sincos_positions(centres, SPACE.max_embed_dim)[:, :width]
+        for axis in range(3):
+            channels = [c for c in range(width) if c % 6 // 2 == axis]
+            assert len(channels) >= width // 3 - 1
+            same = centres[:, axis] == centres[0, axis]
+            assert (position[same][:, channels] == position[0, channels]).all()
+            assert (position[~same][:, channels] != position[0, channels]).any(1).all()
+
+
+def test_an_image_stands_at_time_zero_with_the_fourth_tubes_weight(build_supernet):
+    assert (token_centres(SMALL_TUBES, (1, 32, 32), True)[:, 0] == 0).all()
+    net = build_supernet()
+    net(image_batch(), SPACE.largest(), "imagenet").sum().backward()
+    grads = [t.weight.grad is not None for t in net.tokens.tubes]
+    assert grads == [False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("groups", "o", "i"), [(1, 5, 7), (3, 4, 6), (3, 8, 9), (1, 8, 9)])
+def test_sliced_linear_equals_its_reference(dtype, groups, o, i):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(groups, 8, 9, generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(groups, 8, generator=generator).to(dtype).requires_grad_()
+    x = torch.randn(4, 3, 11, generator=generator).to(dtype)[..., :i].requires_grad_()
+    upstream = torch.randn(groups, 4, 3, o, generator=generator).to(dtype)
+    results = []
+    for function in (sliced_linear, sliced_linear_ref):
+        y = function(x, weight, bias, o)
+        results.append([y, *torch.autograd.grad(y, (x, weight, bias), upstream)])
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-2}[dtype]
+    for ours, reference in zip(*results, strict=True):
+        assert_close(ours, reference, atol=tolerance, rtol=tolerance)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda *a: sliced_linear(*a, o), (x, weight, bias))
+
+
+def test_sliced_linear_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"block \(9, 4\) does not fit"):
+        sliced_linear(torch.randn(2, 4), torch.randn(1, 8, 4), torch.randn(1, 8), 9)
+    with pytest.raises(ValueError, match="one dtype"):
+        sliced_linear(torch.randn(2, 4), torch.randn(1, 8, 4).double(), torch.randn(1, 8), 3)

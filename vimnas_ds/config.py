@@ -1,0 +1,602 @@
+"""One JSON file = DeepSpeed's keys + an "about" text + one "vimnas" section.
+
+DeepSpeed ignores unknown top-level keys (`zero_optimisation` silently turns ZeRO off), so every
+key is checked here, and whatever this project has not proved under test is refused with the
+reason. `load_config` gives a `RunConfig` (pydantic, every field described); `deepspeed_dict` gives
+what `deepspeed.initialize` gets, with the batch arithmetic done.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vimnas_ds.space import SPACES, SearchSpace
+from vimnas_ds.tubes import TUBELET, TUBEVIT, TokenGeometry, Tube
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key and what would be right."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Triple = tuple[int, int, int]
+
+
+class TubeSection(Section):
+    """One convolution tube; each triple is (t, h, w) in frames and pixels."""
+
+    kernel: Triple
+    stride: Triple
+    offset: Triple = (0, 0, 0)
+
+    @model_validator(mode="after")
+    def _positive(self) -> TubeSection:
+        if min(self.kernel) < 1 or min(self.stride) < 1 or min(self.offset) < 0:
+            raise ValueError("kernel and stride must be positive, offset at least 0")
+        return self
+
+
+class TokensSection(Section):
+    """How inputs become tokens."""
+
+    kind: Literal["tubes", "tubelet"] = Field(
+        "tubes", description="tubes: TubeViT's sparse tubes; tubelet: dense 2x16x16 (VideoMAE)"
+    )
+    tubes: tuple[TubeSection, ...] | None = Field(
+        None, min_length=1, description="Tube geometry; null: the published one of `kind`"
+    )
+    image_tube: int | None = Field(
+        None, ge=0, description="Index of the tube that also embeds images; null: the last"
+    )
+
+    @model_validator(mode="after")
+    def _index(self) -> TokensSection:
+        if self.tubes is None and self.image_tube is not None:
+            raise ValueError("image_tube goes with tubes; the published geometries have their own")
+        if self.tubes and self.image_tube is not None and self.image_tube >= len(self.tubes):
+            raise ValueError(f"image_tube {self.image_tube} is not one of {len(self.tubes)} tubes")
+        return self
+
+    def geometry(self) -> TokenGeometry:
+        if self.tubes is None:
+            return TUBEVIT if self.kind == "tubes" else TUBELET
+        tubes = tuple(Tube(t.kernel, t.stride, t.offset) for t in self.tubes)
+        return TokenGeometry(tubes, len(tubes) - 1 if self.image_tube is None else self.image_tube)
+
+
+class RandAugmentSection(Section):
+    """RandAugment (applied in DALI, one draw for a whole clip)."""
+
+    n: int = Field(2, ge=1, le=4, description="Operations per sample")
+    m: float = Field(9, ge=0, le=10, description="Magnitude on timm's scale of 0 to 10")
+    std: float = Field(0.0, ge=0, description="Standard deviation of the magnitude")
+
+
+class DatasetSection(Section):
+    """One dataset: where it lies, how it is read, its recipe (Table 10)."""
+
+    kind: Literal["image", "video"]
+    root: Path | None = Field(None, description="Folder of the data; must be set to train")
+    layout: Literal["folders", "csv", "ssv2"] = Field(
+        "folders",
+        description="folders: root/TRAIN/CLASS/FILE and root/TEST/CLASS/FILE; csv: an annotation "
+        "file with the columns path, class, split; ssv2: the official JSON files and webm folder",
+    )
+    annotations: Path | None = Field(
+        None, description="csv: the file; ssv2: folder of the JSON files (relative to root)"
+    )
+    videos: Path | None = Field(None, description="ssv2: the webm folder (relative to root)")
+    train_split: str = Field("train", description="Folder, or value of the split column")
+    test_split: str = Field("val", description="The official validation set: reported numbers only")
+    num_classes: int = Field(ge=2, description="Outputs of this dataset's head")
+    size: int = Field(224, ge=8, description="Input height and width in pixels")
+    resize: int | None = Field(
+        None, ge=8, description="Shorter side before the test crop; null: size * 256 / 224"
+    )
+    frames: int | None = Field(None, ge=1, description="Frames of a clip (video only)")
+    fps: Positive | None = Field(None, description="Clip sampling rate; frames are taken by time")
+    base_lr: Positive = Field(description="Learning rate when this is the only dataset")
+    weight_decay: float = Field(ge=0, description="Weight decay of the steps that draw this one")
+    randaugment: RandAugmentSection | None = Field(None, description="null: off")
+    random_erasing: Fraction = Field(0.0, description="Probability")
+    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="Area of the random crop")
+    crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="Aspect ratio of the crop")
+    directional_labels: bool = Field(
+        False, description="Labels change under a mirror: never flip (always so for ssv2)"
+    )
+    mixup: float = Field(0.0, ge=0, description="Mixup alpha; 0: off")
+    cutmix: float = Field(0.0, ge=0, description="CutMix alpha; 0: off")
+    label_smoothing: Fraction = Field(0.0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetSection:
+        if self.kind == "video" and (self.frames is None or self.fps is None):
+            raise ValueError("a video dataset needs frames and fps")
+        if self.kind == "image" and (self.frames is not None or self.fps is not None):
+            raise ValueError("frames and fps are for video datasets only")
+        if self.layout == "csv" and self.annotations is None:
+            raise ValueError('layout "csv" needs annotations: the file')
+        if self.layout == "ssv2" and self.kind != "video":
+            raise ValueError('layout "ssv2" is for video')
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} needs 0 < low <= high, got {(low, high)}")
+        if self.crop_scale[1] > 1:
+            raise ValueError("crop_scale is a share of the area: at most 1")
+        return self
+
+    @property
+    def is_image(self) -> bool:
+        return self.kind == "image"
+
+    @property
+    def flip(self) -> bool:
+        """Whether training may mirror: never where left and right are labels."""
+        return not self.directional_labels and self.layout != "ssv2"
+
+    @property
+    def test_resize(self) -> int:
+        return self.resize or round(self.size * 256 / 224)
+
+
+class DataSection(Section):
+    """All datasets, and how training files are held out."""
+
+    datasets: dict[str, DatasetSection] = Field(min_length=1)
+    held_out: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.05,
+        description="Share of the training files of every class kept from training: half for the "
+        "alpha steps (`alpha`), half for evaluation and search scores (`select`)",
+    )
+    workers: int | None = Field(None, ge=1, description="Decoding threads; null: from the machine")
+    prefetch: int = Field(2, ge=1, description="Batches decoded ahead, per dataset and split")
+    max_bad_share: Fraction = Field(
+        0.05, description="Substituted samples above this share of a dataset stop the run"
+    )
+    cache_mb: int = Field(
+        512, ge=0, description="Memory for decoded `select` splits, per process, in MiB"
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> DataSection:
+        for name in self.datasets:
+            if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+                raise ValueError(f"dataset name {name!r}: letters, digits and _ only")
+        return self
+
+
+class ModelSection(Section):
+    """The network around the space; stability switches are off as in the paper."""
+
+    qk_norm: bool = Field(False, description="LayerNorm on q and k per head (ViT-22B)")
+    layer_scale: float | None = Field(
+        None, gt=0, description="LayerScale's initial value (DeiT-III: 1e-4); null: off"
+    )
+    drop_path: Fraction = Field(0.1, description="Stochastic depth of the last sampled layer")
+    activation_checkpointing: bool = Field(
+        False, description="Recompute blocks in backward: less memory, a third more time"
+    )
+    init: Path | None = Field(
+        None, description="Warm start: a local timm ViT checkpoint (.safetensors, .pth)"
+    )
+
+
+class ScheduleSection(Section):
+    """Algorithm 1's two phases and the learning rate."""
+
+    epochs: int = Field(500, ge=1, description="E; an epoch is one pass over what a phase draws")
+    image_epochs: int | None = Field(
+        None, ge=0, description="Epochs on the image dataset alone; null: floor(E / 3)"
+    )
+    image_dataset: str | None = Field(
+        None, description="Dataset of the image phase; null: the only image dataset"
+    )
+    lr: Positive | None = Field(
+        None, description="Peak learning rate; null: the image dataset's base_lr in a joint run"
+    )
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the cosine")
+    warmup: float = Field(20, ge=0, description="Linear warm-up, in warmup_unit")
+    warmup_unit: Literal["epochs", "steps"] = Field(
+        "epochs", description='Table 10 says "steps", its text "epochs": decided as epochs'
+    )
+
+
+class AlphaSection(Section):
+    """Architecture parameters (TangleNAS's values)."""
+
+    enabled: bool = True
+    every: int = Field(1, ge=1, description="Steps between alpha updates; 1 in the paper")
+    lr: Positive = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.5, 0.999)
+    weight_decay: float = Field(1e-3, ge=0)
+    init_std: float = Field(1e-3, ge=0)
+    batch: int | None = Field(
+        None, ge=1, description="Global alpha batch; null: the training batch size"
+    )
+
+
+class OptimizerSection(Section):
+    """AdamW on exactly the sampled sub-blocks."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    max_skipped: int = Field(
+        20, ge=1, description="Consecutive skipped (non-finite) steps that stop the run"
+    )
+
+
+class LogSection(Section):
+    """What is written how often (steps count optimiser steps)."""
+
+    every: int = Field(20, ge=1, description="Steps between log lines and scalars")
+    images_every: int = Field(500, ge=1, description="Steps between pictures in TensorBoard")
+    eval_every: int | None = Field(
+        None, ge=1, description="Steps between evaluations on `select`; null: every epoch"
+    )
+    eval_subnets: int = Field(2, ge=0, description="Fixed random sub-networks evaluated as well")
+    eval_batch: int = Field(64, ge=1, description="Evaluation batch per process")
+
+
+class CheckpointSection(Section):
+    """Atomic checkpoints under OUTPUT_DIR/checkpoints."""
+
+    every: int | None = Field(None, ge=1, description="Steps between saves; null: every epoch")
+    keep: int = Field(3, ge=1, description="Checkpoints kept")
+
+
+class VimnasSection(Section):
+    """Everything that is not DeepSpeed's."""
+
+    output_dir: Path = Field(description="Folder of the run: log, checkpoints, TensorBoard")
+    space: str = Field(description=f"Search space: {', '.join(SPACES)}")
+    seed: int = Field(0, ge=0)
+    cpu_threads: int | None = Field(
+        None, ge=1, description="torch threads per process on a CPU; null: cores / ranks"
+    )
+    tokens: TokensSection = TokensSection()
+    model: ModelSection = ModelSection()
+    data: DataSection
+    schedule: ScheduleSection = ScheduleSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    alpha: AlphaSection = AlphaSection()
+    log: LogSection = LogSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VimnasSection:
+        if self.space not in SPACES:
+            raise ValueError(f"space {self.space!r} is none of {', '.join(SPACES)}")
+        datasets, image = self.data.datasets, self.schedule.image_dataset
+        if image is not None and (image not in datasets or not datasets[image].is_image):
+            raise ValueError(f"schedule.image_dataset {image!r} is not an image dataset")
+        images = [n for n, d in datasets.items() if d.is_image]
+        if image is None and len(images) > 1 and len(datasets) > 1:
+            raise ValueError(f"schedule.image_dataset must name one of {images}")
+        if self.schedule.image_epochs and not images:
+            raise ValueError("schedule.image_epochs needs an image dataset")
+        if (self.schedule.image_epochs or 0) > self.schedule.epochs:
+            raise ValueError("schedule.image_epochs exceeds schedule.epochs")
+        geometry = self.tokens.geometry()
+        for name, data in datasets.items():
+            try:
+                geometry.num_tokens(data.frames, data.size)
+            except ValueError as err:
+                raise ValueError(f"data.datasets.{name}: {err}") from err
+        return self
+
+    @property
+    def search_space(self) -> SearchSpace:
+        return SPACES[self.space]
+
+    @property
+    def image_dataset(self) -> str | None:
+        """The dataset of the image phase, None if there is no image dataset."""
+        images = (n for n, d in self.data.datasets.items() if d.is_image)
+        return self.schedule.image_dataset or next(images, None)
+
+    @property
+    def peak_lr(self) -> float:
+        """Joint runs take the image dataset's learning rate (supplement, Appendix A)."""
+        if self.schedule.lr is not None:
+            return self.schedule.lr
+        datasets = self.data.datasets
+        return datasets[self.image_dataset or next(iter(datasets))].base_lr
+
+    @property
+    def image_epochs(self) -> int:
+        """Length of the image phase in epochs: floor(E/3) when there is something to join."""
+        if self.schedule.image_epochs is not None:
+            return self.schedule.image_epochs
+        joint = self.image_dataset is not None and len(self.data.datasets) > 1
+        return self.schedule.epochs // 3 if joint else 0
+
+
+#: DeepSpeed keys this project has run; anything else is unknown or refused.
+DEEPSPEED_KEYS = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
+    "bf16 zero_optimization communication_data_type data_types steps_per_print "
+    "wall_clock_breakdown memory_breakdown dump_state comms_logger flops_profiler tensorboard "
+    "csv_monitor zero_allow_untested_optimizer prescale_gradients "
+    "gradient_predivide_factor checkpoint".split()
+)
+#: Real DeepSpeed keys that are refused, with the reason.
+REFUSED_KEYS = {
+    "optimizer": "the sampled-only AdamW is this project's own (vimnas.optimizer); DeepSpeed "
+    "would silently ignore the section",
+    "scheduler": "the learning rate follows vimnas.schedule",
+    "fp16": "AutoFormer-B diverges in fp16 and the loss scaler is untested here: use bf16",
+    "amp": "use bf16",
+    "activation_checkpointing": "use vimnas.model.activation_checkpointing",
+    "elasticity": "the global batch is fixed by the recipe",
+    "sparse_attention": "attention goes through scaled_dot_product_attention",
+    "compression_training": "not proved with sliced weights",
+    "data_efficiency": "data order follows (seed, dataset, epoch)",
+    "curriculum_learning": "data order follows (seed, dataset, epoch)",
+    "pipeline": "only data parallelism is proved with sliced weights",
+    "tensor_parallel": "only data parallelism is proved with sliced weights",
+    "autotuning": "the batch is fixed by the recipe",
+    "torch_autocast": "use bf16",
+    "zero_force_ds_cpu_optimizer": "the sampled-only AdamW is the only optimiser",
+    "sparse_gradients": "gradients are dense blocks",
+}
+ZERO_KEYS_REFUSED = {
+    "round_robin_gradients": "DeepSpeed's own parameter map is wrong with it, so sampled blocks "
+    "could not be found (set it to false)",
+    "offload_optimizer": "no test proves the sampled-only update there",
+    "offload_param": "no test proves the sampled-only update there",
+    "cpu_offload": "no test proves the sampled-only update there",
+}
+_CAUSE = "accumulating them was found detrimental (supplement, Appendix A)"
+
+
+class RunConfig(Section):
+    """A whole, checked configuration."""
+
+    about: str = Field("", description="What the file reproduces, its cost, its command")
+    deepspeed: dict[str, Any]
+    vimnas: VimnasSection
+
+    @property
+    def global_batch(self) -> int:
+        return int(self.deepspeed["train_batch_size"])
+
+    @property
+    def alpha_batch(self) -> int:
+        return self.vimnas.alpha.batch or self.global_batch
+
+    def micro_batch(self, world_size: int, total: int | None = None) -> int:
+        """Samples per process of a step. Raises ConfigError if they cannot be shared evenly."""
+        total = total or self.global_batch
+        if total % world_size:
+            raise ConfigError(
+                f"train_batch_size {total} cannot be shared evenly by {world_size} processes: "
+                f"use a multiple of {world_size}, e.g. {math.ceil(total / world_size) * world_size}"
+            )
+        micro = total // world_size
+        mixed = [n for n, d in self.vimnas.data.datasets.items() if d.mixup or d.cutmix]
+        if mixed and total == self.global_batch and micro % 2:
+            raise ConfigError(
+                f"mixup pairs samples within a process: {micro} samples per process is odd "
+                f"(train_batch_size {total} on {world_size}); datasets with mixup: {mixed}"
+            )
+        return micro
+
+    def bf16(self, has_gpu: bool) -> bool:
+        """ "auto" is bf16 on a GPU, fp32 on a CPU (where bf16 GEMMs are slow)."""
+        enabled = self.deepspeed["bf16"]["enabled"]
+        return has_gpu if enabled == "auto" else bool(enabled)
+
+    def deepspeed_dict(self, world_size: int, has_gpu: bool) -> dict[str, Any]:
+        """What `deepspeed.initialize` gets."""
+        config = json.loads(json.dumps(self.deepspeed))
+        bf16 = self.bf16(has_gpu)
+        config["bf16"]["enabled"] = bf16
+        config["gradient_accumulation_steps"] = 1
+        config["train_micro_batch_size_per_gpu"] = self.micro_batch(world_size)
+        config["zero_allow_untested_optimizer"] = True  # ours
+        config.setdefault("steps_per_print", 10**9)
+        if bf16:  # the owned gradient stays in fp32 after its reduction
+            config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        return config
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read, override (`vimnas.data.datasets.k400.root=/data/k400`) and check a configuration.
+
+    Overrides may also say `vimnas.data.k400.root`: a dataset's name stands for its section.
+    Raises ConfigError for anything that could not run as written.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as err:
+        raise ConfigError(f"cannot read the configuration {path}: {err.strerror}") from err
+    try:
+        raw = json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as err:
+        raise ConfigError(f"{path} is not valid JSON: {err}") from err
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> RunConfig:
+    """Check a configuration given as one object (the file's content)."""
+    ours = {"about", "vimnas"}
+    deepspeed = {k: v for k, v in raw.items() if k not in ours}
+    _check_deepspeed(deepspeed)
+    if "vimnas" not in raw:
+        raise ConfigError('the configuration has no "vimnas" section')
+    if not isinstance(raw["vimnas"], dict):
+        raise ConfigError(f"vimnas must be an object, got {raw['vimnas']!r}")
+    try:
+        vimnas = VimnasSection.model_validate(raw["vimnas"])
+    except ValidationError as err:
+        raise ConfigError(_explain(err)) from err
+    about = raw.get("about", "")
+    if not isinstance(about, str):
+        raise ConfigError(f"about must be a text, got {about!r}")
+    return RunConfig(about=about, deepspeed=deepspeed, vimnas=vimnas)
+
+
+def _check_deepspeed(config: dict[str, Any]) -> None:
+    for key in config:
+        if key in REFUSED_KEYS:
+            raise ConfigError(f'"{key}" is refused: {REFUSED_KEYS[key]}')
+        if key not in DEEPSPEED_KEYS:
+            raise ConfigError(f'unknown key "{key}"{_nearest(key, [*DEEPSPEED_KEYS, "vimnas"])}')
+    batch = config.get("train_batch_size")
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+        raise ConfigError(f"train_batch_size must be a positive whole number, got {batch!r}")
+    if "train_micro_batch_size_per_gpu" in config:
+        raise ConfigError(
+            "train_micro_batch_size_per_gpu is refused: give train_batch_size (the global batch); "
+            "the micro batch is derived from the number of processes"
+        )
+    accumulation = config.get("gradient_accumulation_steps", 1)
+    if accumulation != 1:
+        raise ConfigError(
+            f"gradient_accumulation_steps {accumulation} is refused: gradients are never "
+            f"accumulated across steps or datasets, {_CAUSE}"
+        )
+    clipping = config.get("gradient_clipping")
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
+        raise ConfigError(
+            "gradient_clipping must be written, 0 for off (DeepSpeed's default changed from 0 to "
+            f"1.0), got {clipping!r}"
+        )
+    bf16 = config.setdefault("bf16", {"enabled": "auto"})
+    if not isinstance(bf16, dict) or bf16.get("enabled", "auto") not in (True, False, "auto"):
+        raise ConfigError(f'bf16.enabled must be true, false or "auto", got {bf16!r}')
+    bf16.setdefault("enabled", "auto")
+    for key in bf16:
+        if key not in ("enabled", "check_grad_overflow"):
+            raise ConfigError(
+                f'unknown key "bf16.{key}"{_nearest(key, ["enabled", "check_grad_overflow"])}'
+            )
+    if bf16.get("check_grad_overflow", True) is not True:
+        raise ConfigError(
+            "bf16.check_grad_overflow false is refused: one NaN would reach every weight"
+        )
+    _check_zero(config.get("zero_optimization"))
+    _check_types(config)
+
+
+def _check_zero(zero: Any) -> None:
+    if not isinstance(zero, dict) or zero.get("stage") != 2:
+        stage = zero.get("stage") if isinstance(zero, dict) else zero
+        raise ConfigError(
+            f"zero_optimization.stage must be 2, got {stage!r}: it is the stage whose "
+            "sampled-only update the tests prove"
+        )
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # slow to import: only here
+
+    known = set(DeepSpeedZeroConfig.model_fields)
+    for key, value in zero.items():
+        if key in ZERO_KEYS_REFUSED and value not in (False, None):
+            raise ConfigError(f"zero_optimization.{key} is refused: {ZERO_KEYS_REFUSED[key]}")
+        if key not in known:
+            raise ConfigError(f'unknown key "zero_optimization.{key}"{_nearest(key, known)}')
+
+
+def _check_types(config: dict[str, Any]) -> None:
+    types = config.get("data_types", {})
+    if not isinstance(types, dict):
+        raise ConfigError(f"data_types must be an object, got {types!r}")
+    for key, value in types.items():
+        if key != "grad_accum_dtype":
+            raise ConfigError(
+                f'unknown key "data_types.{key}"{_nearest(key, ["grad_accum_dtype"])}'
+            )
+        if value not in ("fp32", "bf16", None):
+            raise ConfigError(
+                f'data_types.grad_accum_dtype must be "fp32" or "bf16", got {value!r}'
+            )
+
+
+def _nearest(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(key, [str(k) for k in known], n=1, cutoff=0.5)
+    return f'; did you mean "{close[0]}"?' if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ConfigError(f'the key "{key}" stands twice in the configuration')
+        found[key] = value
+    return found
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes KEY=VALUE, got {override!r}")
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError:
+        value = text  # a bare word is a string: --set vimnas.space=vit_s
+    parts = key.split(".")
+    datasets = raw.get("vimnas", {}).get("data", {}).get("datasets", {})
+    if parts[:2] == ["vimnas", "data"] and len(parts) > 3 and parts[2] in datasets:
+        parts.insert(2, "datasets")
+    node = raw
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f'--set {key}: "{part}" is not a section')
+        node = child
+    node[parts[-1]] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """pydantic's findings, one line each, with the nearest valid key for unknown ones."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(["vimnas", *map(str, item["loc"])])
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(item["loc"][:-1])
+            lines.append(f'unknown key "{path}"{_nearest(str(item["loc"][-1]), fields)}')
+        elif item["type"] == "missing":
+            lines.append(f'missing key "{path}"')
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            lines.append(f"{path}: {message}{given}")
+    return "\n".join(lines)
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = VimnasSection
+    for part in location:
+        if isinstance(part, str) and part in getattr(model, "model_fields", {}):
+            model = _section_type(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _section_type(annotation: Any) -> Any:
+    """The Section inside dict[str, S], S | None, tuple[S, ...]."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_type(inner)
+        if found:
+            return found
+    return None

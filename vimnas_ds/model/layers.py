@@ -1,0 +1,100 @@
+"""Entangled layers: whole parameters, used through their leading blocks.
+
+Each layer takes its input width from its input and is told its output width; it keeps no
+architecture. `param_layouts` says how its parameters are cut (see `vimnas_ds.layout`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vimnas_ds.layout import Axis, ParamLayout
+from vimnas_ds.ops.gates import weighted_layer_norm
+from vimnas_ds.ops.sliced_linear import sliced_linear
+
+NORM_EPS = 1e-6  # timm's ViT
+
+
+class EntangledLinear(nn.Module):
+    """y = x W[:o, :i]^T + b[:o]. `groups` stacks equal projections (3 for q, k, v): every head
+    count then takes the leading rows of each group, and no row or bias changes its role."""
+
+    def __init__(
+        self,
+        out_axis: Axis,
+        in_axis: Axis,
+        groups: int = 1,
+        layer: int | None = None,
+        dataset: str | None = None,
+        video_only: bool = False,
+    ):
+        super().__init__()
+        self.groups, self.out_axis, self.in_axis = groups, out_axis, in_axis
+        self.layer, self.dataset, self.video_only = layer, dataset, video_only
+        self.weight = nn.Parameter(torch.empty(groups * out_axis.size, in_axis.size))
+        self.bias = nn.Parameter(torch.zeros(groups * out_axis.size))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor, out_features: int) -> Tensor:
+        """x (..., i) -> (groups, ..., out_features), or (..., out_features) for one group."""
+        o, i = self.out_axis.size, self.in_axis.size
+        weight, bias = self.weight.view(self.groups, o, i), self.bias.view(self.groups, o)
+        y = sliced_linear(x, weight, bias, out_features)
+        return y if self.groups > 1 else y[0]
+
+    def forward_frozen(self, x: Tensor) -> Tensor:
+        """The full layer with its weights held constant (the alpha step)."""
+        return F.linear(x, self.weight.detach(), self.bias.detach())
+
+    def param_layouts(self) -> dict[str, ParamLayout]:
+        stack = (Axis("all", self.groups),) if self.groups > 1 else ()
+        place = (self.layer, self.dataset, self.video_only)
+        return {
+            "weight": ParamLayout((*stack, self.out_axis, self.in_axis), *place),
+            "bias": ParamLayout((*stack, self.out_axis), *place, decay=False),
+        }
+
+
+class EntangledNorm(nn.Module):
+    """LayerNorm over the leading channels of its axis (embed_dim, or a fixed head width)."""
+
+    def __init__(self, axis: Axis, layer: int | None = None):
+        super().__init__()
+        self.axis, self.layer = axis, layer
+        self.weight = nn.Parameter(torch.ones(axis.size))
+        self.bias = nn.Parameter(torch.zeros(axis.size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = x.shape[-1]
+        return F.layer_norm(x, (d,), self.weight[:d], self.bias[:d], NORM_EPS)
+
+    def forward_frozen(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
+        """With weights held constant; under channel masses (D,) when they are given."""
+        weight, bias = self.weight.detach(), self.bias.detach()
+        if mass is None:
+            return F.layer_norm(x, (self.axis.size,), weight, bias, NORM_EPS)
+        return weighted_layer_norm(x, mass, weight, bias, NORM_EPS)
+
+    def param_layouts(self) -> dict[str, ParamLayout]:
+        layout = ParamLayout((self.axis,), self.layer, decay=False)
+        return {"weight": layout, "bias": layout}
+
+
+class EntangledScale(nn.Module):
+    """LayerScale: one learned factor per channel on a branch (DeiT-III)."""
+
+    def __init__(self, axis: Axis, init: float, layer: int):
+        super().__init__()
+        self.axis, self.layer = axis, layer
+        self.gamma = nn.Parameter(torch.full((axis.size,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma[: x.shape[-1]]
+
+    def forward_frozen(self, x: Tensor) -> Tensor:
+        return x * self.gamma.detach()
+
+    def param_layouts(self) -> dict[str, ParamLayout]:
+        return {"gamma": ParamLayout((self.axis,), self.layer, decay=False)}

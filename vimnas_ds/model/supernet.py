@@ -1,0 +1,134 @@
+"""The entangled ViT supernet: one set of weights, every sub-network an argument of `forward`.
+
+    supernet(x, arch, dataset)                 one sampled sub-network
+    supernet.superposed(x, probabilities, ...) all of them at once, softly (the alpha step)
+    supernet.extract(arch)                     a stand-alone copy of one
+
+Images (B, 3, H, W) and clips (B, 3, T, H, W) share the trunk; every dataset has a linear head on
+the mean over tokens after the last norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vimnas_ds.layout import Axis, ParamLayout
+from vimnas_ds.model.alphas import Probabilities
+from vimnas_ds.model.block import Block, ModelOptions
+from vimnas_ds.model.layers import EntangledLinear, EntangledNorm
+from vimnas_ds.model.subnet import SubNetwork
+from vimnas_ds.model.tokens import Tokens
+from vimnas_ds.ops.gates import hidden_mass, leading_mass
+from vimnas_ds.space import Arch, SearchSpace
+from vimnas_ds.tubes import TokenGeometry
+
+
+class Supernet(nn.Module):
+    """All sub-networks of `space` in one module. `num_classes` maps each dataset to its head."""
+
+    blocks: Sequence[Block]
+    heads: Mapping[str, EntangledLinear]
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        geometry: TokenGeometry,
+        num_classes: Mapping[str, int],
+        options: ModelOptions | None = None,
+    ):
+        super().__init__()
+        self.space, self.geometry = space, geometry
+        self.num_classes, self.options = dict(num_classes), options or ModelOptions()
+        embed = Axis("embed", space.max_embed_dim)
+        self.tokens = Tokens(geometry, embed.size)
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
+            Block(space, i, self.options) for i in range(space.max_depth)
+        )
+        self.norm = EntangledNorm(embed)
+        self.heads = nn.ModuleDict(  # type: ignore[assignment]
+            {
+                name: EntangledLinear(Axis("all", classes), embed, dataset=name)
+                for name, classes in num_classes.items()
+            }
+        )
+
+    def layouts(self) -> dict[str, ParamLayout]:
+        """How every parameter is cut, by parameter name."""
+        found: dict[str, ParamLayout] = {}
+        for prefix, module in self.named_modules():
+            if isinstance(getattr(module, "weight", getattr(module, "gamma", None)), nn.Parameter):
+                for name, layout in module.param_layouts().items():
+                    found[f"{prefix}.{name}"] = layout
+        assert found.keys() == dict(self.named_parameters()).keys()
+        return found
+
+    def forward(self, x: Tensor, arch: Arch, dataset: str) -> Tensor:
+        """Logits (B, classes of `dataset`) of the sub-network `arch`."""
+        x = self.tokens(x, arch.embed_dim)
+        for layer in range(arch.depth):
+            # stochastic depth ramps over the sampled depth
+            rate = self.options.drop_path * layer / max(arch.depth - 1, 1)
+            block, heads, hidden = self.blocks[layer], arch.num_heads[layer], arch.hidden_dim(layer)
+            if self.options.activation_checkpointing and self.training:
+                x = checkpoint(block, x, heads, hidden, rate, use_reentrant=False)
+            else:
+                x = block(x, heads, hidden, rate)
+        return self.heads[dataset](self.norm(x).mean(1), self.num_classes[dataset])
+
+    def superposed(self, x: Tensor, probabilities: Probabilities, dataset: str) -> Tensor:
+        """Logits of the probability-weighted mixture of all sub-networks; no weight gradients.
+
+        One full-width pass: W_mix = sum_k p_k PAD(W[:, :k]) acts once, as gates on activations.
+        With one-hot probabilities this is `forward` of that sub-network.
+        """
+        space, p = self.space, probabilities
+        width = space.max_embed_dim
+        embed = leading_mass(p["embed_dim"], space.embed_dim, width)
+        x = self.tokens(x, width, frozen=True)
+        states = []
+        for layer, block in enumerate(self.blocks):
+            heads = space.num_heads[layer]
+            masses = (
+                embed,
+                leading_mass(p[f"num_heads[{layer}]"], heads, heads[-1]),
+                hidden_mass(
+                    p["embed_dim"],
+                    p[f"mlp_ratio[{layer}]"],
+                    space.embed_dim,
+                    space.mlp_ratio[layer],
+                    space.hidden_dims(layer)[-1],
+                ),
+            )
+            if self.options.activation_checkpointing:
+                x = checkpoint(block.forward_superposed, x, *masses, use_reentrant=False)
+            else:
+                x = block.forward_superposed(x, *masses)
+            if layer + 1 in space.depth:
+                states.append(x)
+        mixed = torch.stack(states, -1) @ p["depth"].to(x.dtype)
+        pooled = self.norm.forward_frozen(mixed, embed).mean(1)
+        return self.heads[dataset].forward_frozen(pooled)
+
+    @torch.no_grad()
+    def extract(self, arch: Arch) -> SubNetwork:
+        """A stand-alone network with copies of `arch`'s blocks of the shared weights."""
+        self.space.validate(arch)
+        net = SubNetwork(
+            arch,
+            self.space.head_dim,
+            self.geometry,
+            self.num_classes,
+            self.options,
+            self.space.max_embed_dim,
+        )
+        own, layouts = dict(net.named_parameters()), self.layouts()
+        for name, shared in self.named_parameters():
+            extents = layouts[name].extents(arch, self.space.head_dim)
+            if extents is not None:
+                block = shared.view(layouts[name].shape)[tuple(slice(0, e) for e in extents)]
+                own[name].copy_(block.reshape(own[name].shape))
+        return net.to(next(self.parameters()).device).train(self.training)

@@ -1,0 +1,188 @@
+"""TensorBoard: every tag this project writes, in one place.
+
+A resumed run repeats the steps after its checkpoint. The writer therefore opens with a mark
+"forget everything from step s on" (`purge_step`), and TensorBoard shows each step once. Readers
+take event files in the order of their names, which begin with the second of their creation.
+
+Only rank 0 writes: elsewhere the board is disabled and its methods do nothing, so callers need no
+`if`. Accuracies are fractions in [0, 1], times are in seconds, probabilities' entropy is in nats.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from vimnas_ds.report import pictures
+
+log = logging.getLogger(__name__)
+
+Choice = int | float
+
+
+class Board:
+    """One run's event files in `log_dir`. `step` is the first step this process may write: what
+    an earlier process wrote from there on is purged."""
+
+    def __init__(self, log_dir: Path, step: int, enabled: bool = True) -> None:
+        self._step = step
+        self._writer: SummaryWriter | None = None
+        if enabled:
+            _wait_for_newer_name(log_dir)
+            self._writer = SummaryWriter(str(log_dir), purge_step=step, flush_secs=30)
+
+    def train_step(
+        self,
+        step: int,
+        dataset: str,
+        loss: float,
+        top1: float | None,
+        lr: float,
+        samples_per_s: float,
+        data_time: float,
+        skipped_steps: int,
+    ) -> None:
+        """A weight step. `top1` is None where labels are mixed; `data_time` is the wait in s."""
+        self._scalar(f"train/loss/{dataset}", loss, step)
+        if top1 is not None:
+            self._scalar(f"train/top1/{dataset}", top1, step)
+        self._scalar("train/lr", lr, step)
+        self._scalar("train/samples_per_s", samples_per_s, step)
+        self._scalar("train/data_time_ms", 1000 * data_time, step)
+        self._scalar("train/skipped_steps", skipped_steps, step)
+
+    def alpha_step(self, step: int, dataset: str, loss: float) -> None:
+        """An update of the architecture parameters."""
+        self._scalar(f"alpha/loss/{dataset}", loss, step)
+
+    def evaluation(
+        self, step: int, dataset: str, subnet: str, loss: float, top1: float, top5: float
+    ) -> None:
+        """One sub-network (`subnet`: its short name, such as "largest") on the select split."""
+        for name, value in (("loss", loss), ("top1", top1), ("top5", top5)):
+            self._scalar(f"select/{dataset}/{name}/{subnet}", value, step)
+
+    def alphas(
+        self,
+        step: int,
+        probabilities: Mapping[str, Sequence[float]],
+        choices: Mapping[str, Sequence[Choice]],
+    ) -> None:
+        """All decisions' probabilities: one picture and one mean entropy per kind of decision.
+
+        Both mappings have the keys "embed_dim", "depth", "num_heads[LAYER]", "mlp_ratio[LAYER]".
+        An entropy of 0 is decided, ln(number of choices) undecided. Raises ValueError if the keys
+        or the numbers of choices differ.
+        """
+        if self._writer is None:
+            return
+        if set(probabilities) != set(choices):
+            odd = sorted(set(probabilities) ^ set(choices))
+            raise ValueError(f"probabilities and choices need the same keys, not in both: {odd}")
+        for kind, keys in _by_kind(probabilities).items():
+            p = [[float(value) for value in probabilities[key]] for key in keys]
+            options = [choices[key] for key in keys]
+            if keys == [kind]:
+                labels, uniform = _labels(options[0]), 1 / len(options[0])
+                figure = pictures.bars(
+                    f"{kind}: probabilities", labels, p[0], "probability", uniform
+                )
+            else:
+                figure = pictures.alpha_heatmap(f"{kind}: probabilities", p, options)
+            self._picture(f"alpha/probabilities/{kind}", pictures.render(figure), step)
+            entropy = sum(_entropy(layer) for layer in p) / len(p)
+            self._scalar(f"alpha/entropy/{kind}", entropy, step)
+
+    def sampled_choices(self, step: int, counts: Mapping[str, Mapping[Choice, int]]) -> None:
+        """How often each choice was sampled: `counts[kind][choice]`, summed over the layers."""
+        if self._writer is None:
+            return
+        for kind, count in counts.items():
+            if not count:
+                continue
+            options = sorted(count)
+            values = [count[choice] for choice in options]
+            uniform = sum(values) / len(values)
+            title = f"{kind}: times sampled"
+            figure = pictures.bars(title, _labels(options), values, "count", uniform)
+            self._picture(f"sampled/{kind}", pictures.render(figure), step)
+
+    def contact_sheet(
+        self, step: int, dataset: str, x: Tensor, y: Tensor, class_names: Sequence[str]
+    ) -> None:
+        """The first samples of a batch. y: (B,) class numbers, or (B, C) shares of mixed labels."""
+        if self._writer is None:
+            return
+        labels = [_label(row, class_names) for row in y.detach().float().cpu()]
+        self._picture(f"batch/{dataset}", pictures.contact_sheet(x, labels), step)
+
+    def text(self, tag: str, text: str) -> None:
+        """A note (Markdown), at the step this process began with."""
+        if self._writer is not None:
+            self._writer.add_text(tag, text, self._step)
+
+    def close(self) -> None:
+        """Write what is queued and close the file; may be called twice."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _scalar(self, tag: str, value: float, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar(tag, value, step)
+
+    def _picture(self, tag: str, picture: pictures.Picture, step: int) -> None:
+        assert self._writer is not None
+        self._writer.add_image(tag, picture, step, dataformats="HWC")
+
+
+def _wait_for_newer_name(log_dir: Path) -> None:
+    """Sleep, 1 s at most, until a new event file's name sorts after those that are there."""
+    stamps = [int(p.name.split(".")[3]) for p in log_dir.glob("events.out.tfevents.*")]
+    early = max(stamps, default=0) + 1 - time.time()
+    if early > 1:
+        log.warning(
+            "the clock is %.0f s behind the newest event file in %s: TensorBoard may show the "
+            "steps of this resumed run twice",
+            early,
+            log_dir,
+        )
+    elif early > 0:
+        time.sleep(early)
+
+
+def _by_kind(keys: Mapping[str, object]) -> dict[str, list[str]]:
+    """{"num_heads": ["num_heads[0]", "num_heads[1]"], ...}, layers in numerical order."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for key in keys:
+        match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", key)
+        if match is None:
+            raise ValueError(f'a decision is called "kind" or "kind[layer]", got {key!r}')
+        found.setdefault(match[1], []).append((int(match[2] or 0), key))
+    return {kind: [key for _, key in sorted(pairs)] for kind, pairs in found.items()}
+
+
+def _entropy(probabilities: Sequence[float]) -> float:
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def _labels(choices: Sequence[Choice]) -> list[str]:
+    return [f"{choice:g}" for choice in choices]
+
+
+def _label(y: Tensor, class_names: Sequence[str]) -> str:
+    """A class number's name; of a row of shares the largest two, "disc 70% ring 30%"."""
+    if y.ndim == 0:
+        return class_names[int(y)]
+    share, index = y.topk(min(2, len(y)))
+    parts = [(class_names[i], s) for i, s in zip(index.tolist(), share.tolist(), strict=True)]
+    # Label smoothing gives every class a little: a second name is a mixed sample only above 5 %.
+    kept = parts[:1] + [part for part in parts[1:] if part[1] > 0.05]
+    return kept[0][0] if len(kept) == 1 else " ".join(f"{name} {s:.0%}" for name, s in kept)
