@@ -18,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vimnas_ds.report import pictures
-from vimnas_ds.report.board import Board
+from vimnas_ds.report.board import Board, _by_kind
 from vimnas_ds.report.console import Console, StepTimer, format_duration, format_table, summarise
 from vimnas_ds.space import SPACES, Arch
 
@@ -132,6 +132,16 @@ def test_alphas_are_a_picture_and_an_entropy_per_kind(tmp_path: Path) -> None:
     assert points(events, "alpha/entropy/depth") == [(7, 0.0)]
     assert points(events, "alpha/entropy/num_heads") == [(7, heads)]
     assert points(events, "alpha/entropy/mlp_ratio") == [(7, math.log(2))]
+
+
+def test_layers_are_in_numerical_order() -> None:
+    keys = ["num_heads[10]", "depth", "num_heads[2]", "num_heads[0]"]
+    assert _by_kind(dict.fromkeys(keys)) == {
+        "num_heads": ["num_heads[0]", "num_heads[2]", "num_heads[10]"],
+        "depth": ["depth"],
+    }
+    with pytest.raises(ValueError, match=r"got 'num_heads\[x\]'"):
+        _by_kind({"num_heads[x]": None})
 
 
 def test_pictures_are_read_back_with_their_size(tmp_path: Path) -> None:
@@ -282,6 +292,7 @@ def test_on_a_terminal_a_bar_follows_the_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = Terminal()
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "stdout", terminal)
     console = Console(2000, 100, tmp_path / "train.log", enabled=True)
     say_step(console, 120)

@@ -99,7 +99,8 @@ class CellGrid:
     def __init__(self, layout: ParamLayout, space: SearchSpace):
         self.layout = layout
         self.head_dim = space.head_dim
-        bands = [list(zip((0, *c[:-1]), c, strict=True)) for c in layout.cuts(space)]
+        self.cuts = layout.cuts(space)
+        bands = [list(zip((0, *c[:-1]), c, strict=True)) for c in self.cuts]
         self.counts_per_axis = tuple(len(b) for b in bands)
         cells = list(itertools.product(*bands))
         self.lows = [tuple(low for low, _ in cell) for cell in cells]
@@ -107,6 +108,10 @@ class CellGrid:
 
     def __len__(self) -> int:
         return len(self.lows)
+
+    def corner(self, bands: tuple[int, ...]) -> tuple[int, ...]:
+        """Element index at which a band starts, per axis (one past the last band: the end)."""
+        return tuple((0, *cuts)[band] for band, cuts in zip(bands, self.cuts, strict=True))
 
     def active(self, activation: Activation) -> list[int]:
         """Indices of the cells that `activation` touches, ascending."""

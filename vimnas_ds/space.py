@@ -89,7 +89,10 @@ class SearchSpace:
     head_dim: int = 64
 
     def __post_init__(self) -> None:
-        axes = [("embed_dim", self.embed_dim), ("depth", self.depth)]
+        axes: list[tuple[str, tuple[float, ...]]] = [
+            ("embed_dim", self.embed_dim),
+            ("depth", self.depth),
+        ]
         axes += [(f"num_heads[{i}]", c) for i, c in enumerate(self.num_heads)]
         axes += [(f"mlp_ratio[{i}]", c) for i, c in enumerate(self.mlp_ratio)]
         for field, choices in axes:
@@ -193,12 +196,14 @@ class SearchSpace:
                 ratios = arch.mlp_ratio + tuple(c[-1] for c in self.mlp_ratio[arch.depth :])
                 yield Arch(arch.embed_dim, depth, heads[:depth], ratios[:depth])
         for layer in range(arch.depth):
-            for field in ("num_heads", "mlp_ratio"):
-                now = getattr(arch, field)
-                for choice in getattr(self, field)[layer]:
-                    if choice != now[layer]:
-                        value = (*now[:layer], choice, *now[layer + 1 :])
-                        yield replace(arch, **{field: value})
+            before, after = slice(0, layer), slice(layer + 1, None)
+            h, r = arch.num_heads, arch.mlp_ratio
+            for count in self.num_heads[layer]:
+                if count != h[layer]:
+                    yield replace(arch, num_heads=(*h[before], count, *h[after]))
+            for ratio in self.mlp_ratio[layer]:
+                if ratio != r[layer]:
+                    yield replace(arch, mlp_ratio=(*r[before], ratio, *r[after]))
 
 
 SPACES = {

@@ -1,0 +1,284 @@
+"""Run by the launcher on 2 ranks: what ZeRO-2 does to sampled and unsampled values, in numbers.
+
+Every case prints one line `RESULT name {json}` on rank 0; the claims are checked by pytest.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+)
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.conftest import randomise
+from tests.small import small_config
+from vimnas_ds.config import parse_config
+from vimnas_ds.layout import Activation, ParamGrids
+from vimnas_ds.train.alpha_step import AlphaLearner
+from vimnas_ds.train.engine import Engine, build_engine, build_supernet
+from vimnas_ds.train.optimizer import cell_slices
+from vimnas_ds.train.ranks import RanksDisagree, check_agreement, start_ranks
+
+LR, STEPS = 1e-2, 8
+ranks = start_ranks()
+torch.set_num_threads(1)
+
+
+def report(name: str, **values: object) -> None:
+    if ranks.is_main:
+        print("RESULT", name, json.dumps(values), flush=True)
+
+
+def config_for(bf16: bool, clipping: float = 0.0):
+    return parse_config(small_config(bf16={"enabled": bf16}, gradient_clipping=clipping))
+
+
+def batch(step: int, dataset: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + ranks.rank)
+    shape = (4, 3, 32, 32) if dataset == "imagenet" else (4, 3, 8, 32, 32)
+    classes = 7 if dataset == "imagenet" else 5
+    x = torch.randn(shape, generator=generator).to(dtype)
+    return x, torch.randint(0, classes, (4,), generator=generator)
+
+
+def activation_of(step: int, engine: Engine) -> Activation:
+    rng = random.Random(step)
+    dataset = ("imagenet", "k400")[step % 2]
+    return Activation((engine.net.space.sample(rng),), dataset, dataset == "imagenet")
+
+
+def backward(engine: Engine, step: int, activation: Activation, scale: float = 1.0) -> None:
+    x, y = batch(step, activation.dataset, engine.dtype)
+    torch.manual_seed(1000 * step + ranks.rank)  # drop path
+    logits = engine.deepspeed(x, activation.archs[0], activation.dataset)
+    engine.deepspeed.backward(F.cross_entropy(logits.float(), y) * scale)
+
+
+def snapshot(engine: Engine, fresh: bool = False) -> dict[str, dict[str, torch.Tensor]]:
+    """Full weights, moments and counts by name, gathered over ranks. DeepSpeed links the moments
+    at the first step: before it (`fresh`) they are zero."""
+    found = {}
+    for name, p in engine.net.named_parameters():
+        found[name] = {"w": safe_get_full_fp32_param(p).clone()}
+        for key in ("exp_avg", "exp_avg_sq"):
+            full = None if fresh else safe_get_full_optimizer_state(p, key)
+            found[name][key] = torch.zeros_like(found[name]["w"]) if fresh else full.clone()
+        found[name]["count"] = torch.from_numpy(engine.optimizer.counts[name].copy())
+    return found
+
+
+def build(bf16: bool, clipping: float = 0.0) -> Engine:
+    config = config_for(bf16, clipping)
+    import vimnas_ds.train.engine as module
+
+    original = module.build_supernet
+
+    def randomised(config):
+        net = original(config)
+        randomise(net)
+        return net
+
+    module.build_supernet = randomised
+    try:
+        return build_engine(config, ranks)[0]
+    finally:
+        module.build_supernet = original
+
+
+def sampled_only(bf16: bool) -> None:
+    """Frozen bits, and equality with torch.optim.AdamW run on every cell by itself."""
+    engine = build(bf16)
+    grids, net = engine.optimizer.grids, engine.net
+    layouts = net.layouts()
+    cells: dict[str, list[torch.nn.Parameter]] = {}
+    groups = []
+    for name, p in net.named_parameters():
+        block = safe_get_full_fp32_param(p).view(layouts[name].shape)
+        slices = cell_slices(grids, name, range(len(grids.grids[name])))
+        cells[name] = [torch.nn.Parameter(block[s].clone()) for s in slices]
+        groups.append({"params": cells[name], "name": name})
+    reference = torch.optim.AdamW(groups, lr=LR, foreach=False)
+    totals = dict.fromkeys(
+        ("frozen", "frozen_changed", "sampled", "sampled_moved", "differ_w", "differ_m"), 0
+    )
+    totals["frozen_counts_changed"] = totals["idle_parameters"] = totals["count_wrong"] = 0
+    before = snapshot(engine, fresh=True)
+    for step in range(STEPS):
+        activation = activation_of(step, engine)
+        decay = 0.05 if activation.is_image else 0.01
+        backward(engine, step, activation)
+        gradients = {n: safe_get_full_grad(p).clone() for n, p in net.named_parameters()}
+        engine.optimizer.activate(activation, LR, decay)
+        engine.deepspeed.step()
+        engine.optimizer.deactivate()
+        after = snapshot(engine)
+        for group in reference.param_groups:
+            group["weight_decay"] = decay if layouts[group["name"]].decay else 0.0
+        masks = {}
+        for name, grid in grids.grids.items():
+            shape = layouts[name].shape
+            on = set(grid.active(activation))
+            totals["idle_parameters"] += not on
+            masks[name] = torch.zeros(shape, dtype=torch.bool)
+            for i, s in enumerate(cell_slices(grids, name, range(len(grid)))):
+                grad = gradients[name].view(shape)[s]
+                cells[name][i].grad = grad.clone().float() if i in on else None
+                masks[name][s] = i in on
+        reference.step()
+        for name, grid in grids.grids.items():
+            shape, mask = layouts[name].shape, masks[name]
+            on = grid.active(activation)
+            for key in ("w", "exp_avg", "exp_avg_sq"):
+                a, b = before[name][key].view(shape), after[name][key].view(shape)
+                totals["frozen_changed"] += int((a[~mask] != b[~mask]).sum())
+                totals["frozen"] += int((~mask).sum())
+            totals["sampled_moved"] += int(
+                (before[name]["w"].view(shape)[mask] != after[name]["w"].view(shape)[mask]).sum()
+            )
+            grown = after[name]["count"] - before[name]["count"]
+            expected = torch.zeros(len(grid), dtype=torch.int64)
+            expected[on] = 1
+            totals["frozen_counts_changed"] += int((grown != expected).sum())
+            for i, s in enumerate(cell_slices(grids, name, range(len(grid)))):
+                ours = after[name]
+                totals["differ_w"] += int((ours["w"].view(shape)[s] != cells[name][i]).sum())
+                state = reference.state.get(cells[name][i])
+                if i in on:
+                    totals["sampled"] += cells[name][i].numel()
+                if state:
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        totals["differ_m"] += int((ours[key].view(shape)[s] != state[key]).sum())
+                    totals["count_wrong"] += int(ours["count"][i]) != int(state["step"])
+        before = after
+    report(f"sampled_only_{'bf16' if bf16 else 'fp32'}", **totals)
+
+
+def stock_adamw() -> None:
+    """The control: a stock AdamW under ZeRO-2 moves what was not sampled."""
+    import deepspeed
+
+    config = config_for(False)
+    net = build_supernet(config)
+    randomise(net)
+    stock = torch.optim.AdamW(net.parameters(), lr=LR)
+    settings = config.deepspeed_dict(ranks.world_size, has_gpu=False)
+    raw, *_ = deepspeed.initialize(model=net, optimizer=stock, config=settings)
+    engine = Engine(raw, raw.module, stock, torch.float32)  # type: ignore[arg-type]
+    grids = ParamGrids(net.layouts(), net.space)
+    changed = 0
+    for step in range(4):
+        activation = activation_of(step, engine)
+        backward(engine, step, activation)
+        before = {n: safe_get_full_fp32_param(p).clone() for n, p in net.named_parameters()}
+        raw.step()
+        for name, p in net.named_parameters():
+            shape = grids.grids[name].layout.shape
+            frozen = torch.ones(shape, dtype=torch.bool)
+            for s in cell_slices(grids, name, grids.grids[name].active(activation)):
+                frozen[s] = False
+            after = safe_get_full_fp32_param(p).view(shape)
+            changed += int((before[name].view(shape)[frozen] != after[frozen]).sum())
+    report("stock_adamw", frozen_changed=changed)
+
+
+def alpha_and_skip(bf16: bool) -> None:
+    """An alpha step moves alphas, equally on all ranks, and no weight; a NaN moves nothing."""
+    engine = build(bf16)
+    learner = AlphaLearner(engine.net.space, config_for(bf16).vimnas.alpha, 0, ranks)
+    for step in range(2):
+        activation = activation_of(step, engine)
+        backward(engine, step, activation)
+        engine.optimizer.activate(activation, LR, 0.05)
+        engine.deepspeed.step()
+    before, old = snapshot(engine), learner.alphas.state_dict()
+    for step in range(2):
+        dataset = ("imagenet", "k400")[step % 2]
+        learner.step(engine.net, *batch(50 + step, dataset, engine.dtype), dataset)
+    after = snapshot(engine)
+    moved = sum(int((before[n][k] != after[n][k]).sum()) for n in before for k in before[n])
+    alphas = torch.cat([a.detach() for a in learner.alphas])
+    gathered = [torch.empty_like(alphas) for _ in range(ranks.world_size)]
+    dist.all_gather(gathered, alphas)
+    alphas_moved = sum(int((old[n] != v).sum()) for n, v in learner.alphas.values.items())
+    weights = {id(p) for g in engine.optimizer.param_groups for p in g["params"]}
+    # the next weight step must be what it would have been: no validation gradient left behind
+    activation = activation_of(2, engine)
+    backward(engine, 2, activation)
+    leftovers = {n: safe_get_full_grad(p).clone() for n, p in engine.net.named_parameters()}
+    engine.optimizer.activate(activation, LR, 0.05)
+    engine.deepspeed.step()
+    twin = build(bf16)
+    for step in range(2):
+        activation = activation_of(step, twin)
+        backward(twin, step, activation)
+        twin.optimizer.activate(activation, LR, 0.05)
+        twin.deepspeed.step()
+    backward(twin, 2, activation_of(2, twin))
+    different = sum(
+        int((safe_get_full_grad(p) != leftovers[n]).sum()) for n, p in twin.net.named_parameters()
+    )
+    twin.optimizer.activate(activation_of(2, twin), LR, 0.05)
+    twin.deepspeed.step()
+    # a NaN on one rank only: the step is skipped on all, counts included
+    before = snapshot(twin)
+    backward(twin, 3, activation_of(3, twin), scale=float("nan") if ranks.rank == 1 else 1.0)
+    twin.optimizer.activate(activation_of(3, twin), LR, 0.05)
+    twin.deepspeed.step()
+    after = snapshot(twin)
+    report(
+        f"alpha_{'bf16' if bf16 else 'fp32'}",
+        weights_moved=moved,
+        alphas_moved=alphas_moved,
+        alphas=alphas.numel(),
+        same_on_ranks=torch.equal(gathered[0], gathered[1]),
+        alpha_in_weight_optimizer=any(id(a) in weights for a in learner.alphas),
+        alpha_dtype=str(alphas.dtype),
+        next_gradient_differs=different,
+        nan_applied=twin.was_applied,
+        nan_moved=sum(int((before[n][k] != after[n][k]).sum()) for n in before for k in before[n]),
+    )
+
+
+def clipped() -> None:
+    """Clipping works on the flat partitions: the update still equals AdamW on clipped gradients
+    (to rounding), and the norm is finite."""
+    engine = build(False, clipping=0.5)
+    activation = activation_of(1, engine)
+    backward(engine, 1, activation)
+    engine.optimizer.activate(activation, LR, 0.0)
+    engine.deepspeed.step()
+    moments = snapshot(engine)
+    total = float(
+        np.sqrt(sum(float((m["exp_avg"] / 0.1).square().sum()) for m in moments.values()))
+    )
+    report("clipped", norm=float(engine.deepspeed.get_global_grad_norm()), applied_norm=total)
+
+
+def agreement() -> None:
+    caught = ""
+    check_agreement(7, "same", ranks)
+    try:
+        check_agreement(7 + ranks.rank, "step 3", ranks)
+    except RanksDisagree as err:
+        caught = str(err)
+    report("agreement", caught=caught)
+
+
+if __name__ == "__main__":
+    for bf16 in (False, True):
+        sampled_only(bf16)
+        alpha_and_skip(bf16)
+    clipped()
+    stock_adamw()
+    agreement()

@@ -1,0 +1,115 @@
+"""The sampled-only update under ZeRO-2, through the real launcher on 2 ranks (one launch)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from vimnas_ds.ops.boxes import boxes_in_range, merge_cells
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict]:
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
+        "--master_port", "29611", str(ROOT / "tests" / "launched" / "zero_cases.py"),
+    ]  # fmt: skip
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    lines = [line.split(" ", 2) for line in done.stdout.splitlines() if "RESULT " in line]
+    return {name: json.loads(values) for _, name, values in lines}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_unsampled_weights_moments_and_counts_keep_their_bits(results, dtype):
+    found = results[f"sampled_only_{dtype}"]
+    assert found["frozen"] > 500_000
+    assert found["frozen_changed"] == 0
+    assert found["frozen_counts_changed"] == 0
+    assert found["idle_parameters"] >= 8 * 2  # the other dataset's head, on every step
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_sampled_blocks_equal_torch_adamw_bit_for_bit(results, dtype):
+    found = results[f"sampled_only_{dtype}"]
+    assert found["sampled"] > 100_000
+    assert found["sampled_moved"] > 0.99 * found["sampled"]
+    assert found["differ_w"] == found["differ_m"] == found["count_wrong"] == 0
+
+
+def test_a_stock_adamw_moves_what_was_not_sampled(results):
+    assert results["stock_adamw"]["frozen_changed"] > 10_000
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_alpha_step_moves_alphas_and_no_weight(results, dtype):
+    found = results[f"alpha_{dtype}"]
+    assert found["weights_moved"] == 0
+    assert found["alphas_moved"] == found["alphas"]
+    assert found["same_on_ranks"]
+    assert not found["alpha_in_weight_optimizer"]
+    assert found["alpha_dtype"] == "torch.float32"
+    assert found["next_gradient_differs"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_nan_on_one_rank_skips_the_step_on_all(results, dtype):
+    found = results[f"alpha_{dtype}"]
+    assert not found["nan_applied"]
+    assert found["nan_moved"] == 0
+
+
+def test_clipping_bounds_the_applied_gradient(results):
+    found = results["clipped"]
+    assert found["norm"] > 0.5
+    assert found["applied_norm"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_ranks_that_disagree_are_named(results):
+    assert "step 3: ranks [1] differ from rank 0" in results["agreement"]["caught"]
+
+
+def test_boxes_cover_exactly_the_rectangle_within_the_range():
+    rng = random.Random(0)
+    for _ in range(1500):
+        shape = [rng.randint(1, 6) for _ in range(rng.randint(1, 3))]
+        low = [rng.randint(0, s) for s in shape]
+        high = [rng.randint(lo, s) for lo, s in zip(low, shape, strict=True)]
+        total = torch.Size(shape).numel()
+        start = rng.randint(0, total)
+        stop = rng.randint(start, total)
+        hits = torch.zeros(total, dtype=torch.int64)
+        for offset, sizes, strides in boxes_in_range(shape, low, high, start, stop):
+            hits.as_strided(sizes, strides, offset).add_(1)
+        expected = torch.zeros(shape, dtype=torch.int64)
+        expected[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = 1
+        expected = expected.flatten()
+        expected[:start] = 0
+        expected[stop:] = 0
+        assert torch.equal(hits, expected)
+
+
+def test_merged_cells_keep_every_value_and_join_equal_ones():
+    rng = random.Random(0)
+    for _ in range(200):
+        counts = [rng.randint(1, 4) for _ in range(rng.randint(1, 3))]
+        cells = list(itertools.product(*(range(c) for c in counts)))
+        values = [rng.choice([None, 1, 2]) for _ in cells]
+        found = dict.fromkeys(cells)
+        for low, high, value in merge_cells(values, counts):
+            for cell in itertools.product(*(range(a, b) for a, b in zip(low, high, strict=True))):
+                assert found[cell] is None
+                found[cell] = value
+        assert list(found.values()) == values
+    assert merge_cells([5] * 24, [2, 3, 4]) == (((0, 0, 0), (2, 3, 4), 5),)

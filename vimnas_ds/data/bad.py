@@ -1,0 +1,47 @@
+"""What can be wrong with the data, as exceptions whose messages are for the person who owns it.
+
+A broken file is a fact about a dataset, not an accident of the program: readers raise `BadFile`,
+loaders substitute or skip the sample and keep count, and only a dataset that is broken in bulk
+(`TooManyBadFiles`) or is not there at all (`DataMissing`) ends a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class DataMissing(ValueError):
+    """A dataset's folder or one of its splits is not there; the message names the key to set."""
+
+
+class BadFile(ValueError):
+    """One file that cannot be used; `path` and `reason` say which and why."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class BadVideo(BadFile):
+    """A video file of which no clip can be decoded."""
+
+
+class TooManyBadFiles(ValueError):
+    """A dataset with more unusable files than `vimnas.data.max_bad_share` allows.
+
+    Args:
+        name: the dataset.
+        bad: samples that had to be replaced.
+        seen: samples asked for.
+        reasons: what is wrong with each unusable file, by path.
+    """
+
+    def __init__(self, name: str, bad: int, seen: int, reasons: Mapping[str, str]) -> None:
+        shown = [f"  {path}: {reason}" for path, reason in list(reasons.items())[:20]]
+        rest = [f"  and {len(reasons) - 20} more"] if len(reasons) > 20 else []
+        super().__init__(
+            f"{name}: {bad} of {seen} samples could not be read "
+            "(the limit is vimnas.data.max_bad_share); the files:\n" + "\n".join(shown + rest)
+        )
+        self.reasons = dict(reasons)

@@ -1,0 +1,296 @@
+"""Clips from video files with PyAV: the frame a player shows at each wanted time.
+
+    frame at time t = the last one whose timestamp is <= t          (first frame = time 0)
+
+so a 12 fps video sampled at 24 fps shows each frame twice and a variable frame rate is followed
+by its real timestamps. What a header says is believed first and checked while decoding: a clip that
+ends before its header promised, or starts after the wanted time because an index is wrong, is read
+once more from timestamps that were really found. A file without any usable frame is a `BadVideo`.
+
+Only wanted frames are converted to RGB, into one preallocated array. Everything is single-threaded
+here (`thread_type` NONE, one scaling thread: automatic threads cost ten times the conversion of a
+small frame); loaders decode many files at once instead, and PyAV releases the GIL.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import numpy as np
+from av.error import EOFError as StreamEnd
+from av.error import FFmpegError
+from av.sidedata.sidedata import Type as SideData
+from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
+
+from vimnas_ds.data.bad import BadVideo
+from vimnas_ds.data.sampling import Window, frame_times
+
+#: Matroska rounds timestamps to milliseconds: a frame may be this late and still be shown.
+TOLERANCE = 6e-4
+#: Damaged packets one file may have before it counts as undecodable.
+MAX_ERRORS = 32
+#: A header whose duration means fewer bits per second than this is not believed.
+MIN_BIT_RATE = 500
+
+Pixels = NDArray[np.uint8]
+_local = threading.local()
+
+
+def read_clip(
+    path: Path,
+    frames: int,
+    fps: float,
+    start: float,
+    crop: Callable[[int, int], Window] | None = None,
+) -> Pixels:
+    """Decodes one clip: uint8 (T, h, w, 3), RGB, upright.
+
+    Args:
+        frames, fps: the clip's length and sampling rate.
+        start: place of the clip in the video's slack, 0 to 1 (see `frame_times`).
+        crop: maps the upright picture's (width, height) to the part to keep; None keeps all.
+
+    Raises:
+        BadVideo: not a video, encrypted, corrupt or without frames.
+    """
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        first, duration = _header(container, stream)
+        if duration is None:
+            first, duration = scan(container, stream, path)
+        times = frame_times(duration, frames, fps, start)
+        clip = _read(container, stream, path, first + times, first + duration, crop, times[0] > 0)
+        if clip is not None:
+            return clip
+    with open_video(path) as container:  # the header or the index was wrong
+        stream = container.streams.video[0]
+        first, duration = scan(container, stream, path)
+        times = first + frame_times(duration, frames, fps, start)
+        clip = _read(container, stream, path, times, None, crop, seek=False)
+    if clip is None:
+        raise BadVideo(str(path), "no frame can be decoded")
+    return clip
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[av.container.InputContainer]:
+    """Opens a file that has a video stream; FFmpeg's errors inside become `BadVideo`."""
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            if not container.streams.video:
+                raise BadVideo(str(path), "no video stream")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadVideo(str(path), "no decoder for the video stream")
+            stream.thread_type = "NONE"
+            stream.codec_context.thread_count = 1
+            yield container
+    except BadVideo:
+        raise
+    except (FFmpegError, OSError, ValueError, MemoryError) as error:
+        raise BadVideo(str(path), _reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _header(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> tuple[float, float | None]:
+    """(time of the first frame, duration) in seconds as promised; None if not credible."""
+    first = float((stream.start_time or 0) * (stream.time_base or 0))
+    if stream.duration and stream.time_base:
+        duration = float(stream.duration * stream.time_base)
+    elif container.duration:
+        duration = container.duration / av.time_base
+    else:
+        return first, None
+    credible = duration > 0 and container.size * 8 >= MIN_BIT_RATE * duration
+    return first, duration if credible else None
+
+
+def scan(
+    container: av.container.InputContainer, stream: av.VideoStream, path: Path
+) -> tuple[float, float]:
+    """(time of the first frame, duration) in seconds from every packet's timestamp; rewinds."""
+    begins, end = packet_stamps(container, stream, path)
+    container.seek(0, backward=True)
+    return begins[0], end - begins[0]
+
+
+def packet_stamps(
+    container: av.container.InputContainer, stream: av.VideoStream, path: Path
+) -> tuple[list[float], float]:
+    """(sorted presentation times of all packets, end of the last one) in seconds.
+
+    Reads the file to its end without decoding it.
+    """
+    base = float(stream.time_base or 0)
+    begins: set[float] = set()
+    end = -np.inf
+    for packet in _until_error(container.demux(stream)):
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if stamp is not None and packet.size:
+            begins.add(stamp * base)
+            end = max(end, (stamp + (packet.duration or 0)) * base)
+    if not begins:
+        raise BadVideo(str(path), "the video stream is empty")
+    return sorted(begins), end
+
+
+def _until_error(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
+    """Packets up to the first place where the container cannot be read (a truncated file)."""
+    while True:
+        try:
+            packet = next(packets)
+        except (StopIteration, FFmpegError):
+            return
+        yield packet
+
+
+def _read(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    path: Path,
+    times: NDArray[np.float64],
+    end: float | None,
+    crop: Callable[[int, int], Window] | None,
+    seek: bool,
+) -> Pixels | None:
+    """The frames at `times` (stream time, seconds).
+
+    None if the video is not as its header says: it ends well before min(end, last time), or the
+    frame after the seek comes too late. With `end` None whatever is there is taken.
+    """
+    if seek and stream.time_base:
+        container.seek(int(times[0] / stream.time_base), stream=stream, backward=True)
+    fill = _Fill(times, crop)
+    stamp, gap = -np.inf, 1.0 / float(stream.average_rate or 25)
+    previous: av.VideoFrame | None = None
+    for frame, time in decoded_frames(container, stream, path):
+        if previous is None and seek and time > times[0] + TOLERANCE:
+            return None
+        if previous is not None:
+            fill.show(previous, until=time)
+            gap = max(gap, time - stamp)
+        previous, stamp = frame, time
+        if fill.done:
+            return fill.clip
+    if previous is None:
+        if end is None:
+            raise BadVideo(str(path), "no frame can be decoded")
+        return None
+    if end is not None and stamp + 2 * gap < min(end, times[-1]):
+        return None
+    fill.show(previous, until=np.inf)
+    return fill.clip
+
+
+def decoded_frames(
+    container: av.container.InputContainer, stream: av.VideoStream, path: Path
+) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Frames in display order with their times in seconds; damaged packets are passed over.
+
+    AVI stores no presentation times, and FFmpeg's guesses for B-frames run backwards: there the
+    decoding time of a frame leaving the decoder is the right one.
+    """
+    base, by_dts = float(stream.time_base or 0), container.format.name == "avi"
+    time, step, errors = -np.inf, 1.0 / float(stream.average_rate or 25), 0
+    for packet in _until_error(container.demux(stream)):
+        try:
+            decoded = packet.decode()
+        except StreamEnd:
+            continue
+        except FFmpegError as error:
+            errors += 1
+            if errors > MAX_ERRORS:
+                raise BadVideo(str(path), f"corrupt: {_reason(error)}") from error
+            continue
+        for frame in decoded:
+            stamp = frame.dts if by_dts or frame.pts is None else frame.pts
+            if stamp is not None:
+                time = max(time, stamp * base)
+            else:
+                time = time + step if time > -np.inf else 0.0
+            yield frame, time
+
+
+class _Fill:
+    """The clip being built: frames are shown in turn and land wherever a time asks for them."""
+
+    def __init__(
+        self, times: NDArray[np.float64], crop: Callable[[int, int], Window] | None
+    ) -> None:
+        self.times = times
+        self.crop = crop
+        self.next = 0
+        self.clip: Pixels = np.empty((0, 0, 0, 3), np.uint8)
+        self.convert: _Convert | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.next == len(self.times)
+
+    def show(self, frame: av.VideoFrame, until: float) -> None:
+        """Puts `frame` wherever the wanted time is before `until`, the next frame's time."""
+        begin = self.next
+        while not self.done and self.times[self.next] + TOLERANCE < until:
+            self.next += 1
+        if self.next == begin:
+            return
+        if self.convert is None:
+            self.convert = _Convert(frame)
+            picture = self.convert(frame)
+            height, width = picture.shape[:2]
+            window = self.crop(width, height) if self.crop else Window(0, 0, height, width)
+            self.window = np.s_[
+                window.top : window.top + window.height, window.left : window.left + window.width
+            ]
+            self.clip = np.empty((len(self.times), window.height, window.width, 3), np.uint8)
+        else:
+            picture = self.convert(frame)
+        self.clip[begin : self.next] = picture[self.window]
+
+
+class _Convert:
+    """Frames to upright RGB of the first frame's size: uint8 (H, W, 3)."""
+
+    def __init__(self, first: av.VideoFrame) -> None:
+        self.width, self.height = first.width, first.height
+        self.transpose, self.flip_rows, self.flip_columns = orientation(first)
+        if not hasattr(_local, "scaler"):
+            _local.scaler = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> Pixels:
+        rgb = _local.scaler.reformat(
+            frame, width=self.width, height=self.height, format="rgb24", threads=1
+        )
+        picture: Pixels = rgb.to_ndarray()
+        if self.transpose:
+            picture = picture.transpose(1, 0, 2)
+        if self.flip_rows:
+            picture = picture[::-1]
+        return picture[:, ::-1] if self.flip_columns else picture
+
+
+def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """(transpose, flip rows, flip columns) that make the frame upright, from its display matrix.
+
+    The matrix maps stored to shown coordinates, x' = a x + c y, y' = b x + d y. Quarter turns and
+    mirrors are applied; any other matrix is ignored.
+    """
+    data = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if data is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
+    if a == d == 0 and b and c:
+        return True, b < 0, c < 0
+    if b == c == 0 and a and d:
+        return False, d < 0, a < 0
+    return False, False, False

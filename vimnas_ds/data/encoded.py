@@ -1,0 +1,55 @@
+"""Clips for the GPU's decoder: the file's bytes and the numbers of the wanted frames.
+
+NVDEC counts frames, so the wanted times are turned into numbers with the timestamps of all packets
+(one pass over the file, nothing is decoded but the first frame). What the GPU cannot be trusted
+with (rotated, 10-bit, AVI without timestamps, codecs it lacks) is left to PyAV: the answer is None.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vimnas_ds.data.bad import BadVideo
+from vimnas_ds.data.decode import TOLERANCE, decoded_frames, open_video, orientation, packet_stamps
+from vimnas_ds.data.sampling import frame_times
+
+GPU_CODECS = frozenset("h264 hevc vp8 vp9 av1".split())
+GPU_PIXELS = frozenset("yuv420p yuvj420p".split())
+
+
+class EncodedClip(NamedTuple):
+    """A video file, uint8 (n,), the wanted frames' numbers, int32 (T,), and the frame size."""
+
+    data: NDArray[np.uint8]
+    numbers: NDArray[np.int32]
+    width: int
+    height: int
+
+
+def read_encoded(path: Path, frames: int, fps: float, start: float) -> EncodedClip | None:
+    """A clip's bytes and frame numbers; None if PyAV should decode this file.
+
+    Args and errors as `decode.read_clip`.
+    """
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        known = context.codec.canonical_name in GPU_CODECS and context.pix_fmt in GPU_PIXELS
+        if not known or container.format.name == "avi":
+            return None
+        begins, end = packet_stamps(container, stream, path)
+        container.seek(0, backward=True)
+        first = next(decoded_frames(container, stream, path), None)
+        if first is None:
+            raise BadVideo(str(path), "no frame can be decoded")
+        frame = first[0]
+        if any(orientation(frame)):
+            return None
+        times = begins[0] + frame_times(end - begins[0], frames, fps, start) + TOLERANCE
+        numbers = np.searchsorted(begins, times, side="right") - 1
+        data = np.fromfile(path, np.uint8)
+    return EncodedClip(data, np.maximum(numbers, 0).astype(np.int32), frame.width, frame.height)

@@ -1,0 +1,217 @@
+"""The DALI graphs: picked pixels in, a normalised float batch out; nothing random inside.
+
+    train:  crop + resize to (size, size) -> RandAugment -> mirror + normalise -> erase
+    eval:   resize the shorter side -> crop (size, size) -> normalise
+
+One graph serves images, (B, 3, H, W), and clips, (B, 3, T, H, W). What differs is the source:
+
+    image   encoded bytes, decoded by DALI (CPU: only the cropped part; GPU: hybrid decoder)
+    frames  uint8 frames decoded and cropped by PyAV (all codecs, also for a GPU graph)
+    nvdec   encoded video and frame numbers, decoded by the GPU
+
+The mirror comes after RandAugment because it is free inside the normalisation; the signs of the
+geometric operations are symmetric, so the distribution is the same.
+
+A graph is fed by hand (`Graph.run`), one batch in, one batch out. DALI calls no Python code, so no
+exception can be raised inside of it, and broken files are sorted out before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import nvidia.dali.fn as fn
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from torch import Tensor
+
+from vimnas_ds.config import DatasetSection
+from vimnas_ds.data.augment import apply_operations
+
+Source = Literal["image", "frames", "nvdec"]
+Device = Literal["cpu", "gpu"]
+Feed = Mapping[str, NDArray[np.generic]]
+
+#: ImageNet's mean and standard deviation of R, G, B in 0..255.
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
+
+def build_train_pipeline(
+    section: DatasetSection,
+    source: Source,
+    batch: int,
+    device: Device = "cpu",
+    threads: int = 1,
+    device_id: int | None = None,
+) -> Pipeline:
+    """The training graph of a dataset for batches of at most `batch` samples.
+
+    Inputs, one array per sample: `encoded` uint8 (n,) or `frames` uint8 (T, h, w, 3); `numbers`
+    int32 (T,) for nvdec; `anchor` and `extent` int32 (2,), the crop's (top, left) and (height,
+    width), except for frames; `flip` int32 (); `ops`, `bins`, `signs` int32 (n,) if RandAugment is
+    on; `erase_anchor` and `erase_extent` float32 (2,) if erasing is on.
+    """
+    augment = section.randaugment
+
+    @pipeline_def(enable_conditionals=augment is not None)
+    def graph() -> DataNode:
+        x = _cropped(source, device)
+        size = [section.size, section.size]
+        if source == "nvdec":  # the decoder gives whole frames: crop and resize are one step
+            top_left = fn.cast(_input("anchor", 1, types.INT32), dtype=types.FLOAT)
+            extent = fn.cast(_input("extent", 1, types.INT32), dtype=types.FLOAT)
+            x = fn.resize(x, size=size, roi_start=top_left, roi_end=top_left + extent)
+        else:
+            x = fn.resize(x, size=size)
+        if augment is not None:
+            ops, bins, signs = (_input(name, 1, types.INT32) for name in ("ops", "bins", "signs"))
+            x = apply_operations(x, ops, bins, signs, augment.n, section.size)
+        x = _normalised(x, section, mirror=_input("flip", 0, types.INT32))
+        if section.random_erasing:
+            x = fn.erase(
+                x,
+                anchor=_input("erase_anchor", 1, types.FLOAT),
+                shape=_input("erase_extent", 1, types.FLOAT),
+                axis_names="HW",
+                fill_value=0,
+            )
+        return x
+
+    return _build(graph, batch, device, threads, device_id)
+
+
+def build_eval_pipeline(
+    section: DatasetSection,
+    source: Source,
+    batch: int,
+    device: Device = "cpu",
+    threads: int = 1,
+    device_id: int | None = None,
+) -> Pipeline:
+    """The evaluation graph for batches of at most `batch` samples.
+
+    Inputs: `encoded` or `frames` (whole), `numbers` for nvdec, and `place` float32 (2,), where the
+    crop lies in what is left over in height and width (0.5: central).
+
+    Raises:
+        ValueError: the shorter side after resizing is smaller than the crop.
+    """
+    if section.test_resize < section.size:
+        raise ValueError(f"resize {section.test_resize} is smaller than size {section.size}")
+
+    @pipeline_def
+    def graph() -> DataNode:
+        if source == "image":
+            encoded = _input("encoded", 1, types.UINT8)
+            x = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu")
+        else:
+            x = _cropped(source, device)
+        x = fn.resize(x, resize_shorter=section.test_resize)
+        place = _input("place", 1, types.FLOAT)
+        return _normalised(x, section, crop=(place[0], place[1]))
+
+    return _build(graph, batch, device, threads, device_id)
+
+
+def _input(name: str, ndim: int, dtype: types.DALIDataType, layout: str | None = None) -> DataNode:
+    return fn.external_source(name=name, ndim=ndim, dtype=dtype, layout=layout)
+
+
+def _cropped(source: Source, device: Device) -> DataNode:
+    """HWC images or FHWC clips: cropped, except for nvdec."""
+    if source == "frames":
+        x = _input("frames", 4, types.UINT8, "FHWC")
+        return x.gpu() if device == "gpu" else x
+    encoded = _input("encoded", 1, types.UINT8)
+    decoder = "mixed" if device == "gpu" else "cpu"
+    if source == "nvdec":
+        numbers = _input("numbers", 1, types.INT32)
+        return fn.decoders.video(encoded, frames=numbers, device=decoder, pad_mode="edge")
+    return fn.decoders.image_slice(
+        encoded,
+        _input("anchor", 1, types.INT32),
+        _input("extent", 1, types.INT32),
+        normalized_anchor=False,
+        normalized_shape=False,
+        axis_names="HW",
+        device=decoder,
+    )
+
+
+def _normalised(
+    x: DataNode,
+    section: DatasetSection,
+    mirror: DataNode | int = 0,
+    crop: tuple[DataNode, DataNode] | None = None,
+) -> DataNode:
+    """Float CHW or CFHW; with `crop` = (y, x) places, cropped to (size, size) first."""
+    layout = "CHW" if section.is_image else "CFHW"
+    mean, std = list(MEAN), list(STD)
+    if crop is None:
+        return fn.crop_mirror_normalize(
+            x, dtype=types.FLOAT, output_layout=layout, mean=mean, std=std, mirror=mirror
+        )
+    return fn.crop_mirror_normalize(
+        x,
+        dtype=types.FLOAT,
+        output_layout=layout,
+        mean=mean,
+        std=std,
+        crop=(section.size, section.size),
+        crop_pos_y=crop[0],
+        crop_pos_x=crop[1],
+    )
+
+
+def _build(
+    graph: Callable[..., Pipeline], batch: int, device: Device, threads: int, device_id: int | None
+) -> Pipeline:
+    return graph(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=(device_id or 0) if device == "gpu" else None,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+    )
+
+
+class Graph:
+    """A pipeline that is built when the first batch comes.
+
+    `run` is synchronous. A RuntimeError of DALI leaves the object usable: the dead pipeline is
+    thrown away and the next call builds a new one.
+    """
+
+    def __init__(self, make: Callable[[], Pipeline]) -> None:
+        self._make = make
+        self._pipeline: Pipeline | None = None
+
+    def run(self, feeds: Sequence[Feed]) -> Tensor:
+        """One batch, float32 (B, 3, H, W) or (B, 3, T, H, W), on the pipeline's device.
+
+        Args:
+            feeds: the samples' inputs by name, at most the pipeline's batch size.
+
+        Raises:
+            RuntimeError: DALI cannot process an input.
+        """
+        if self._pipeline is None:
+            self._pipeline = self._make()
+            self._pipeline.build()
+        try:
+            for name in feeds[0]:
+                self._pipeline.feed_input(name, [feed[name] for feed in feeds])
+            (output,) = self._pipeline.run()
+            return torch.from_dlpack(output.as_tensor()).clone()
+        except RuntimeError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Frees the pipeline and its threads."""
+        self._pipeline = None

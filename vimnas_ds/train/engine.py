@@ -1,0 +1,74 @@
+"""The supernet inside DeepSpeed: model from configuration, ZeRO-2 engine, sampled-only AdamW."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vimnas_ds.config import RunConfig
+from vimnas_ds.layout import ParamGrids
+from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.supernet import Supernet
+from vimnas_ds.seeds import derive_seed
+from vimnas_ds.train.optimizer import SampledAdamW
+from vimnas_ds.train.ranks import Ranks
+from vimnas_ds.train.warm_start import warm_start
+
+
+def build_supernet(config: RunConfig) -> Supernet:
+    """The configured supernet in float32 on the CPU; its weights depend on the seed alone."""
+    section = config.vimnas
+    options = ModelOptions(
+        qk_norm=section.model.qk_norm,
+        layer_scale=section.model.layer_scale,
+        drop_path=section.model.drop_path,
+        activation_checkpointing=section.model.activation_checkpointing,
+    )
+    classes = {name: data.num_classes for name, data in section.data.datasets.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("weights", section.seed) % 2**63)
+        return Supernet(section.search_space, section.tokens.geometry(), classes, options)
+
+
+@dataclass
+class Engine:
+    """DeepSpeed's engine with the two parts of ours that it drives."""
+
+    deepspeed: Any
+    net: Supernet  #: `deepspeed.module`, cast and moved by DeepSpeed
+    optimizer: SampledAdamW
+    dtype: torch.dtype
+
+    @property
+    def was_applied(self) -> bool:
+        """Whether the last step changed weights (false: non-finite gradients, all ranks agree)."""
+        return bool(self.deepspeed.was_step_applied())
+
+    def weight_step(self, loss: torch.Tensor) -> None:
+        """Backward and update; `optimizer.activate` must have been called."""
+        self.deepspeed.backward(loss)
+        self.deepspeed.step()
+        self.optimizer.deactivate()
+
+
+def build_engine(config: RunConfig, ranks: Ranks) -> tuple[Engine, list[str]]:
+    """Model and engine; the second value reports a warm start, line by line (else empty)."""
+    import deepspeed
+
+    net = build_supernet(config)
+    init: Path | None = config.vimnas.model.init
+    report = warm_start(net, init) if init is not None else []
+    grids = ParamGrids(net.layouts(), net.space)
+    section = config.vimnas.optimizer
+    optimizer = SampledAdamW(net.named_parameters(), grids, section.betas, section.eps)
+    has_gpu = ranks.device.type == "cuda"
+    settings = config.deepspeed_dict(ranks.world_size, has_gpu)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
+    optimizer.bind_zero(engine)
+    dtype = torch.bfloat16 if config.bf16(has_gpu) else torch.float32
+    return Engine(engine, engine.module, optimizer, dtype), report

@@ -1,0 +1,249 @@
+"""AdamW on exactly the sampled sub-blocks, over ZeRO-2's flat fp32 partitions.
+
+ZeRO-2 turns a missing gradient into zeros, and AdamW moves weights on zeros too (decay, momentum),
+so this optimiser is told what is active and touches nothing else: unsampled weights and moments
+keep their bits. Bias correction uses each cell's own number of updates n (a cell of the choice
+grid has one history; see `vimnas_ds.layout`):
+
+    w <- w (1 - lr wd);  m <- m + (1-b1)(g - m);  v <- b2 v + (1-b2) g^2
+    w <- w - lr / (1-b1^n) * m / (sqrt(v) / sqrt(1-b2^n) + eps)
+
+the arithmetic, and its order, of `torch.optim.AdamW` (single tensor): the tests compare bits.
+Cost: 28 bytes moved per active element; counts are the same on all ranks, a few thousand numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vimnas_ds.layout import Activation, ParamGrids
+from vimnas_ds.ops.boxes import StridedBox, boxes_in_range, merge_cells
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements param_start .. + numel of a parameter, at flat_start of a flat tensor."""
+
+    name: str
+    flat_start: int
+    param_start: int
+    numel: int
+
+
+class SampledAdamW(torch.optim.Optimizer):
+    """A DeepSpeed client optimiser: `bind_*` after initialising, `activate` before each step.
+
+    `named` are the supernet's parameters; those whose layout says so get weight decay.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        grids: ParamGrids,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for name, parameter in named:
+            (decayed if grids.grids[name].layout.decay else plain).append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "decayed": True},
+            {"params": plain, "decayed": False},
+        ]
+        defaults = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0}
+        super().__init__(groups, defaults)
+        self.grids = grids
+        #: updates of every cell, by parameter name
+        self.counts = {n: np.zeros(len(g), dtype=np.int64) for n, g in grids.grids.items()}
+        self._fragments: dict[Tensor, list[Fragment]] = {}
+        self._names: dict[Tensor, list[str]] = {}
+        self._activation: Activation | None = None
+        self._active_cells = lru_cache(maxsize=65536)(self._find_active)
+        self._boxes = lru_cache(maxsize=262144)(self._find_boxes)
+
+    # -- where parameters lie ---------------------------------------------------------------
+
+    def bind_zero(self, engine: Any) -> None:
+        """Learn the layout of the engine's flat partitions; before any checkpoint is loaded.
+
+        The layout is read from DeepSpeed's internals, so it is proved: every fragment must equal
+        the weights bit for bit. Raises RuntimeError otherwise.
+        """
+        zero = engine.optimizer
+        by_name = {name: parameter for parameter, name in engine.param_names.items()}
+        for flat, parameters in zip(
+            zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True
+        ):
+            mapped = [(engine.param_names[p], p._hp_mapping) for p in parameters]
+            fragments = [
+                Fragment(
+                    name,
+                    m.hp_fragment_address.start,
+                    m.lp_fragment_address.start,
+                    m.hp_fragment_address.numel,
+                )
+                for name, m in mapped
+                if m is not None
+            ]
+            for f in fragments:
+                weights = by_name[f.name].detach().reshape(-1)
+                weights = weights[f.param_start : f.param_start + f.numel].to(flat.dtype)
+                held = flat.detach().view(-1)[f.flat_start : f.flat_start + f.numel]
+                if not torch.equal(held, weights):
+                    raise RuntimeError(
+                        f"DeepSpeed's flat partition does not hold {f.name} where its map says: "
+                        "this DeepSpeed version lays parameters out differently"
+                    )
+            self._bind(flat, fragments, [name for name, _ in mapped])
+
+    def bind_plain(self, named: Mapping[str, nn.Parameter]) -> None:
+        """Use the parameters as they are, without DeepSpeed (fp32)."""
+        for name, parameter in named.items():
+            self._bind(parameter, [Fragment(name, 0, 0, parameter.numel())], [name])
+
+    def _bind(self, flat: Tensor, fragments: list[Fragment], names: list[str]) -> None:
+        self._fragments[flat], self._names[flat] = fragments, names
+        # eagerly: DeepSpeed links state for its checkpoints after the first group's step only
+        self.state[flat] = {
+            "step": 0,
+            "exp_avg": torch.zeros_like(flat.detach()),
+            "exp_avg_sq": torch.zeros_like(flat.detach()),
+        }
+
+    # -- what is active ---------------------------------------------------------------------
+
+    def activate(self, activation: Activation, lr: float, weight_decay: float) -> None:
+        """Say what the next step may touch, and its rates. The same on all ranks."""
+        self._activation = activation
+        for group in self.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decayed"] else 0.0
+
+    def deactivate(self) -> None:
+        """Forget the activation, so that a step without a new one is an error."""
+        self._activation = None
+
+    def _find_active(self, name: str, extents: tuple[tuple[int, ...], ...]) -> np.ndarray:
+        highs = self.grids.grids[name].highs
+        return np.array(
+            [any(all(h <= e for h, e in zip(high, ext, strict=True)) for ext in extents)
+             for high in highs]
+        )  # fmt: skip
+
+    def active_cells(self, name: str) -> np.ndarray | None:
+        """Mask over the parameter's cells, None when it is frozen as a whole."""
+        assert self._activation is not None
+        grid = self.grids.grids[name]
+        extents = self._activation.extents(grid.layout, grid.head_dim)
+        return self._active_cells(name, extents) if extents else None
+
+    def _find_boxes(
+        self, fragment: Fragment, low: tuple[int, ...], high: tuple[int, ...]
+    ) -> list[StridedBox]:
+        shape = self.grids.grids[fragment.name].layout.shape
+        start = fragment.param_start
+        shift = fragment.flat_start - start
+        return [
+            (offset + shift, sizes, strides)
+            for offset, sizes, strides in boxes_in_range(
+                shape, low, high, start, start + fragment.numel
+            )
+        ]
+
+    # -- the update -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the active cells of `self.param_groups` (ZeRO calls this once per group)."""
+        if closure is not None:
+            raise ValueError("a closure is not supported")
+        if self._activation is None:
+            raise RuntimeError("activate() must say what is sampled before every step")
+        for group in self.param_groups:
+            for flat in group["params"]:
+                if flat.grad is None:
+                    continue
+                for name in self._names[flat]:
+                    active = self.active_cells(name)
+                    if active is not None:
+                        self.counts[name] += active
+                self.state[flat]["step"] += 1
+                for fragment in self._fragments[flat]:
+                    self._update_fragment(group, flat, fragment)
+
+    def _update_fragment(self, group: dict[str, Any], flat: Tensor, fragment: Fragment) -> None:
+        active = self.active_cells(fragment.name)
+        if active is None:
+            return
+        grid, counts = self.grids.grids[fragment.name], self.counts[fragment.name]
+        rates = [
+            _bias_corrections(int(n), group["lr"], group["betas"]) if on else None
+            for n, on in zip(counts, active, strict=True)
+        ]
+        state = self.state[flat]
+        assert flat.grad is not None
+        tensors = (flat, flat.grad, state["exp_avg"], state["exp_avg_sq"])
+        for first, last, rate in merge_cells(rates, grid.counts_per_axis):
+            low, high = grid.corner(first), grid.corner(last)
+            for offset, sizes, strides in self._boxes(fragment, low, high):
+                w, g, m, v = (
+                    t.as_strided(sizes, strides, t.storage_offset() + offset) for t in tensors
+                )
+                _adamw_(w, g, m, v, rate, group)
+
+    # -- state ------------------------------------------------------------------------------
+
+    def counts_state(self) -> dict[str, Tensor]:
+        """The cells' update counts (not part of DeepSpeed's own optimiser state)."""
+        return {name: torch.from_numpy(count.copy()) for name, count in self.counts.items()}
+
+    def load_counts(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError when the counts are of another space."""
+        for name, count in self.counts.items():
+            if name not in state or len(state[name]) != len(count):
+                raise ValueError(f"update counts of {name} do not fit this search space")
+            count[:] = state[name].numpy()
+
+
+@lru_cache(maxsize=65536)
+def _bias_corrections(n: int, lr: float, betas: tuple[float, float]) -> tuple[float, float]:
+    """(step size, sqrt of the second correction) as float32 holds them: both stop changing after
+    a few thousand updates, and cells of equal rates are updated together."""
+    step_size = lr / (1 - betas[0] ** n)
+    return float(np.float32(step_size)), float(np.float32(math.sqrt(1 - betas[1] ** n)))
+
+
+def _adamw_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rate: tuple[float, float],
+    group: Mapping[str, Any],
+) -> None:
+    """torch.optim.AdamW's single-tensor update, in place on views."""
+    step_size, correction = rate
+    beta1, beta2 = group["betas"]
+    weight.mul_(1 - group["lr"] * group["weight_decay"])
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (exp_avg_sq.sqrt() / correction).add_(group["eps"])
+    weight.addcdiv_(exp_avg, denominator, value=-step_size)
+
+
+def cell_slices(grids: ParamGrids, name: str, cells: Sequence[int]) -> list[tuple[slice, ...]]:
+    """Index expressions of cells in the parameter's block view (for tests and tools)."""
+    grid = grids.grids[name]
+    return [
+        tuple(slice(lo, hi) for lo, hi in zip(grid.lows[i], grid.highs[i], strict=True))
+        for i in cells
+    ]

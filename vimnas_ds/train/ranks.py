@@ -1,0 +1,93 @@
+"""Everything about processes: start them together, reduce over them, prove that they agree."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def environment_world_size() -> int:
+    """Number of processes the launcher (deepspeed, torchrun) says it started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_ranks(timeout_minutes: float = 10) -> Ranks:
+    """Join the process group: NCCL on GPUs, gloo on CPUs. Works with no launcher, as one rank."""
+    import deepspeed
+
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not has_gpu:
+        # its shared-memory operator is for inference only and needs a compiler at start-up
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if has_gpu else "gloo",
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class RanksDisagree(RuntimeError):
+    """Ranks were about to train different things."""
+
+
+def check_agreement(fingerprint: int, what: str, ranks: Ranks) -> None:
+    """Raise RanksDisagree, naming the ranks, unless all hold the same 63-bit fingerprint."""
+    if ranks.world_size == 1:
+        return
+    mine = torch.tensor([fingerprint], dtype=torch.int64, device=ranks.device)
+    seen = [torch.empty_like(mine) for _ in range(ranks.world_size)]
+    dist.all_gather(seen, mine)
+    values = [int(v) for v in torch.cat(seen)]
+    if len(set(values)) > 1:
+        odd = [r for r, v in enumerate(values) if v != values[0]]
+        raise RanksDisagree(f"{what}: ranks {odd} differ from rank 0 (this rank: {ranks.rank})")
+
+
+def sum_over_ranks(value: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The sum over all ranks, in place."""
+    if ranks.world_size > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One object of every rank, in rank order."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found

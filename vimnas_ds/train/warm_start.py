@@ -1,0 +1,94 @@
+"""Warm start from a local timm ViT: the leading block of every weight that has a counterpart.
+
+timm's qkv rows are q, k, v one after the other, as ours are, so head prefixes stay in their roles.
+A 2-D patch embedding becomes the image tube's weight. Positions are fixed here, and class tokens,
+heads and position embeddings are not taken. Files load with safetensors or `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vimnas_ds.config import ConfigError
+from vimnas_ds.model.supernet import Supernet
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from .safetensors or a torch file. Raises ConfigError in words."""
+    if not path.is_file():
+        raise ConfigError(f"vimnas.model.init: there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(str(path))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        raise ConfigError(
+            f"vimnas.model.init: {path} holds more than tensors and is refused (loading it would "
+            "run its code); save a plain state dict or safetensors"
+        ) from err
+    except Exception as err:
+        raise ConfigError(f"vimnas.model.init: cannot read {path}: {err}") from err
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ConfigError(f"vimnas.model.init: {path} is not a state dict of tensors")
+    return state
+
+
+@torch.no_grad()
+def warm_start(net: Supernet, path: Path) -> list[str]:
+    """Copy what fits into `net`; returns a report, one line per kind of outcome."""
+    state = read_weights(path)
+    tube = f"tokens.tubes.{net.geometry.image_tube}"
+    renamed = {"patch_embed.proj.weight": f"{tube}.weight", "patch_embed.proj.bias": f"{tube}.bias"}
+    source = {renamed.get(name, name): value for name, value in state.items()}
+    layouts = net.layouts()
+    whole: list[str] = []
+    partial: list[str] = []
+    missing: list[str] = []
+    for name, own in net.named_parameters():
+        if name not in source or name.startswith("heads."):
+            missing.append(name)
+            continue
+        shape, given = layouts[name].shape, source[name].float()
+        block = _as_block(given, shape)
+        if block is None:
+            missing.append(name)
+            continue
+        common = tuple(slice(0, min(a, b)) for a, b in zip(block.shape, shape, strict=True))
+        own.view(shape)[common] = block[common]
+        is_whole = all(a >= b for a, b in zip(block.shape, shape, strict=True))
+        (whole if is_whole else partial).append(name)
+    if not whole and not partial:
+        raise ConfigError(
+            f"vimnas.model.init: nothing in {path} fits; a timm ViT's names are expected "
+            f"(blocks.0.attn.qkv.weight, ...), found {sorted(state)[:3]}"
+        )
+    used = {*whole, *partial}
+    unused = sorted(name for name in state if renamed.get(name, name) not in used)
+    return [
+        f"warm start from {path.name}: {len(whole)} parameters filled, {len(partial)} in part, "
+        f"{len(missing)} left at their initial values",
+        *([f"  in part: {', '.join(partial[:6])}{' ...' * (len(partial) > 6)}"] if partial else []),
+        f"  not taken from the file: {', '.join(unused[:6]) or 'nothing'}"
+        f"{' ...' * (len(unused) > 6)}",
+        f"  initial values kept: {', '.join(missing[:6]) or 'none'}{' ...' * (len(missing) > 6)}",
+    ]
+
+
+def _as_block(given: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor seen as the parameter's block: stacked q, k, v split, patch kernels flattened."""
+    if len(shape) >= 2 and shape[0] == 3 and given.ndim == len(shape) - 1:
+        return given.view(3, given.shape[0] // 3, *given.shape[1:]) if len(given) % 3 == 0 else None
+    if given.ndim in (4, 5) and len(shape) == 2:  # a patch embedding
+        given = given.flatten(1)
+        return given if given.shape[1] == shape[1] else None
+    return given if given.ndim == len(shape) else None
