@@ -103,6 +103,9 @@ class DatasetSection(Section):
     train_split: str = Field("train", description="Folder, or value of the split column")
     test_split: str = Field("val", description="The official validation set: reported numbers only")
     num_classes: int = Field(ge=2, description="Outputs of this dataset's head")
+    reference_files: int | None = Field(
+        None, ge=1, description="Training files of the public copy, to compare what is found with"
+    )
     size: int = Field(224, ge=8, description="Input height and width in pixels")
     resize: int | None = Field(
         None, ge=8, description="Shorter side before the test crop; null: size * 256 / 224"

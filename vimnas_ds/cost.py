@@ -8,7 +8,8 @@ With E = embed_dim, K = head_dim, and for layer l: h heads, F = int(E*r) hidden 
 
 Our convention (METHOD.md section 7): trunk + all tubes + one named head; the two attention
 matmuls count (peers that leave them out are 20 to 40 % low on video); norms, GELU, softmax and
-additions do not. `Layout` has what published layouts differ in, so their numbers can be checked.
+additions do not. Where the package reports GFLOPs it means 1e9 MACs, the papers' own convention.
+`Layout` has what published layouts differ in, so their numbers can be checked.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def count_macs(
 ) -> int:
     """Multiply-accumulates of one forward pass over one input of `size` x `size` pixels.
 
-    `frames` is None for an image. FLOPs are twice this. Raises ValueError if a tube does not fit.
+    `frames` is None for an image. Raises ValueError if a tube does not fit.
     """
     e, k = arch.embed_dim, layout.head_dim
     shape = (frames or layout.tokens.image_frames, size, size)

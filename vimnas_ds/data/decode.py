@@ -14,6 +14,7 @@ small frame); loaders decode many files at once instead, and PyAV releases the G
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,9 +105,10 @@ def _header(
     container: av.container.InputContainer, stream: av.VideoStream
 ) -> tuple[float, float | None]:
     """(time of the first frame, duration) in seconds as promised; None if not credible."""
-    first = float((stream.start_time or 0) * (stream.time_base or 0))
-    if stream.duration and stream.time_base:
-        duration = float(stream.duration * stream.time_base)
+    base = float(stream.time_base or 0)
+    first = (stream.start_time or 0) * base
+    if stream.duration and base:
+        duration = stream.duration * base
     elif container.duration:
         duration = container.duration / av.time_base
     else:
@@ -133,7 +135,7 @@ def packet_stamps(
     """
     base = float(stream.time_base or 0)
     begins: set[float] = set()
-    end = -np.inf
+    end = -math.inf
     for packet in _until_error(container.demux(stream)):
         stamp = packet.dts if packet.pts is None else packet.pts
         if stamp is not None and packet.size:
@@ -168,13 +170,14 @@ def _read(
     None if the video is not as its header says: it ends well before min(end, last time), or the
     frame after the seek comes too late. With `end` None whatever is there is taken.
     """
-    if seek and stream.time_base:
-        container.seek(int(times[0] / stream.time_base), stream=stream, backward=True)
+    if seek:
+        container.seek(int(times[0] / float(stream.time_base or 1)), stream=stream, backward=True)
     fill = _Fill(times, crop)
-    stamp, gap = -np.inf, 1.0 / float(stream.average_rate or 25)
+    begins = float(times[0]) + TOLERANCE
+    stamp, gap = -math.inf, 0.04
     previous: av.VideoFrame | None = None
     for frame, time in decoded_frames(container, stream, path):
-        if previous is None and seek and time > times[0] + TOLERANCE:
+        if previous is None and seek and time > begins:
             return None
         if previous is not None:
             fill.show(previous, until=time)
@@ -188,7 +191,7 @@ def _read(
         return None
     if end is not None and stamp + 2 * gap < min(end, times[-1]):
         return None
-    fill.show(previous, until=np.inf)
+    fill.show(previous, until=math.inf)
     return fill.clip
 
 
@@ -201,7 +204,7 @@ def decoded_frames(
     decoding time of a frame leaving the decoder is the right one.
     """
     base, by_dts = float(stream.time_base or 0), container.format.name == "avi"
-    time, step, errors = -np.inf, 1.0 / float(stream.average_rate or 25), 0
+    time, errors = -math.inf, 0
     for packet in _until_error(container.demux(stream)):
         try:
             decoded = packet.decode()
@@ -217,7 +220,7 @@ def decoded_frames(
             if stamp is not None:
                 time = max(time, stamp * base)
             else:
-                time = time + step if time > -np.inf else 0.0
+                time = time + 0.04 if time > -math.inf else 0.0
             yield frame, time
 
 
@@ -227,23 +230,21 @@ class _Fill:
     def __init__(
         self, times: NDArray[np.float64], crop: Callable[[int, int], Window] | None
     ) -> None:
-        self.times = times
+        self.times: list[float] = (times + TOLERANCE).tolist()
         self.crop = crop
         self.next = 0
+        self.done = False
         self.clip: Pixels = np.empty((0, 0, 0, 3), np.uint8)
         self.convert: _Convert | None = None
 
-    @property
-    def done(self) -> bool:
-        return self.next == len(self.times)
-
     def show(self, frame: av.VideoFrame, until: float) -> None:
         """Puts `frame` wherever the wanted time is before `until`, the next frame's time."""
-        begin = self.next
-        while not self.done and self.times[self.next] + TOLERANCE < until:
-            self.next += 1
-        if self.next == begin:
+        begin = end = self.next
+        while end < len(self.times) and self.times[end] < until:
+            end += 1
+        if end == begin:
             return
+        self.next, self.done = end, end == len(self.times)
         if self.convert is None:
             self.convert = _Convert(frame)
             picture = self.convert(frame)
@@ -255,7 +256,7 @@ class _Fill:
             self.clip = np.empty((len(self.times), window.height, window.width, 3), np.uint8)
         else:
             picture = self.convert(frame)
-        self.clip[begin : self.next] = picture[self.window]
+        self.clip[begin:end] = picture[self.window]
 
 
 class _Convert:

@@ -1,0 +1,124 @@
+"""All datasets of a run: found, split, and read through one pool of decoding threads."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from vimnas_ds.config import DataSection
+from vimnas_ds.data.bad import DataMissing
+from vimnas_ds.data.catalog import Catalog, Sample, scan_dataset
+from vimnas_ds.data.loader import EvalLoader, TrainLoader
+from vimnas_ds.data.splits import drop_overlap, split_catalog
+
+
+@dataclass(frozen=True)
+class JointData:
+    """What a run reads: catalogs, the four splits of each dataset, videos dropped as overlap."""
+
+    section: DataSection
+    catalogs: dict[str, Catalog]
+    splits: dict[str, dict[str, list[Sample]]]
+    dropped: dict[str, int]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Training files per dataset, after hold-out and de-duplication: the sampling weights."""
+        return {name: len(parts["train"]) for name, parts in self.splits.items()}
+
+    def describe(self) -> list[str]:
+        """One line per dataset: classes, files per split, what is missing or was dropped."""
+        lines = []
+        for name, catalog in self.catalogs.items():
+            counts = ", ".join(f"{k} {len(v)}" for k, v in self.splits[name].items())
+            line = f"{name}: {len(catalog.class_names)} classes; {counts}"
+            if catalog.missing:
+                shown = ", ".join(catalog.missing_names)
+                line += f"; {catalog.missing} listed files are not on disk (first: {shown})"
+            if self.dropped[name]:
+                line += f"; {self.dropped[name]} training videos dropped: tested on elsewhere"
+            lines.append(line)
+        return lines
+
+
+def open_datasets(section: DataSection) -> JointData:
+    """Find and split every dataset.
+
+    Raises DataMissing with one line for each dataset that is not there, ValueError for
+    annotations or classes that do not fit the configuration.
+    """
+    catalogs, missing = {}, []
+    for name, dataset in section.datasets.items():
+        try:
+            catalogs[name] = scan_dataset(name, dataset)
+        except DataMissing as error:
+            missing.append(str(error))
+    if missing:
+        raise DataMissing("\n".join(missing))
+    catalogs, dropped = drop_overlap(catalogs)
+    splits = {name: split_catalog(c, section.held_out) for name, c in catalogs.items()}
+    return JointData(section, catalogs, splits, dropped)
+
+
+class Loaders:
+    """Every loader of this process, built when first asked for, on one pool of threads."""
+
+    def __init__(
+        self, data: JointData, seed: int, rank: int, world_size: int, device: torch.device
+    ):
+        self.data, self.seed = data, seed
+        self.rank, self.world_size, self.device = rank, world_size, device
+        cores = len(os.sched_getaffinity(0))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        self.workers = data.section.workers or max(1, min(16, cores // local))
+        self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        self._training: dict[tuple[str, str], TrainLoader] = {}
+
+    def training(self, name: str, split: str, global_batch: int) -> TrainLoader:
+        """The stream of a dataset's `train` or `alpha` split."""
+        key = (name, split)
+        if key not in self._training:
+            section = self.data.section
+            self._training[key] = TrainLoader(
+                name,
+                section.datasets[name],
+                self.data.splits[name][split],
+                split,
+                self.seed,
+                global_batch,
+                self.rank,
+                self.world_size,
+                self.device,
+                self.pool,
+                section.prefetch,
+                section.max_bad_share,
+            )
+        return self._training[key]
+
+    def evaluation(self, name: str, split: str, batch: int) -> EvalLoader:
+        """A fresh pass over a dataset's `select` or `test` split; the caller closes it."""
+        return EvalLoader(
+            name,
+            self.data.section.datasets[name],
+            self.data.splits[name][split],
+            self.rank,
+            self.world_size,
+            batch,
+            self.device,
+            self.pool,
+        )
+
+    def substitutions(self) -> dict[str, dict[str, str]]:
+        """Unusable files met so far in training: dataset -> path -> reason."""
+        found: dict[str, dict[str, str]] = {}
+        for (name, _), loader in self._training.items():
+            found.setdefault(name, {}).update(loader.substitutions)
+        return found
+
+    def close(self) -> None:
+        for loader in self._training.values():
+            loader.close()
+        self.pool.shutdown(cancel_futures=True)

@@ -1,0 +1,111 @@
+"""What a configuration would do, in words and numbers, before anything is started."""
+
+from __future__ import annotations
+
+from vimnas_ds.config import ConfigError, RunConfig
+from vimnas_ds.cost import Layout, count_macs, count_params
+from vimnas_ds.data.bad import DataMissing
+from vimnas_ds.data.catalog import scan_dataset
+from vimnas_ds.data.joint import JointData, open_datasets
+from vimnas_ds.report.console import format_table
+from vimnas_ds.space import Arch
+from vimnas_ds.train.schedule import Schedule
+
+
+def model_layout(config: RunConfig) -> Layout:
+    """The configured model as the cost formulas see it."""
+    section = config.vimnas
+    return Layout(
+        section.tokens.geometry(),
+        section.search_space.head_dim,
+        qk_norm=section.model.qk_norm,
+        layer_scale=section.model.layer_scale is not None,
+    )
+
+
+def cost_of(config: RunConfig, arch: Arch, dataset: str) -> tuple[int, float]:
+    """(parameters, GFLOPs per input) of `arch` with the head of `dataset`."""
+    data, layout = config.vimnas.data.datasets[dataset], model_layout(config)
+    macs = count_macs(arch, data.num_classes, layout, frames=data.frames, size=data.size)
+    return count_params(arch, data.num_classes, layout), macs / 1e9
+
+
+def describe_run(config: RunConfig, world_size: int) -> str:
+    """Space, costs, batch arithmetic, schedule, data found and missing."""
+    sections = [_space(config), _batches(config, world_size)]
+    data, sizes, notes = _data(config)
+    return "\n\n".join([config.about, *sections, data, _schedule(config, sizes, notes)])
+
+
+def _space(config: RunConfig) -> str:
+    section = config.vimnas
+    space, geometry = section.search_space, section.tokens.geometry()
+    rows = []
+    for name, data in section.data.datasets.items():
+        (small, small_flops), (large, large_flops) = (
+            cost_of(config, arch, name) for arch in (space.smallest(), space.largest())
+        )
+        shape = f"{data.frames or 1} x {data.size} x {data.size}"
+        costs = [f"{small:,}", f"{small_flops:.3f}", f"{large:,}", f"{large_flops:.3f}"]
+        rows.append([name, shape, str(geometry.num_tokens(data.frames, data.size)), *costs])
+    head = ["dataset", "input", "tokens", "params min", "GFLOPs min", "params max", "GFLOPs max"]
+    title = f"space {space.name}: {space.size():,} sub-networks ({space.size():.2e})"
+    return f"{title}\n{format_table(head, rows)}"
+
+
+def _batches(config: RunConfig, world_size: int) -> str:
+    lines = [f"global batch {config.global_batch}, no gradient accumulation"]
+    for ranks in sorted({world_size, 1, 8, 16, 32, 64}):
+        mark = "  <- this launch" if ranks == world_size else ""
+        try:
+            micro = config.micro_batch(ranks)
+            alpha = config.micro_batch(ranks, config.alpha_batch)
+            lines.append(f"  {ranks:>3} processes: {micro} samples each, alpha {alpha}{mark}")
+        except ConfigError as err:
+            lines.append(f"  {ranks:>3} processes: {err}{mark}")
+    return "\n".join(lines)
+
+
+def _data(config: RunConfig) -> tuple[str, dict[str, int], str]:
+    section = config.vimnas.data
+    lines, sizes, notes = [], {}, ""
+    for name, data in section.datasets.items():
+        try:
+            catalog = scan_dataset(name, data)
+            sizes[name] = len(catalog.train)
+            public = data.reference_files
+            reference = f", {public:,} in the public copy" if public else ""
+            lines.append(
+                f"  {name}: found {len(catalog.train):,} training and {len(catalog.test):,} test "
+                f"files, {catalog.missing:,} listed but missing"
+                f"{reference}"
+            )
+        except DataMissing as err:
+            lines.append(f"  missing: {err}")
+            sizes[name] = round((data.reference_files or 0) * (1 - section.held_out))
+            notes = " (missing sets counted at the size of their public copies)"
+    if not notes:
+        found: JointData = open_datasets(section)
+        lines = [f"  {line}" for line in found.describe()]
+        sizes = found.sizes
+    return "data\n" + "\n".join(lines), sizes, notes
+
+
+def _schedule(config: RunConfig, sizes: dict[str, int], notes: str) -> str:
+    if not all(sizes.values()):
+        return "schedule: unknown until the data is there"
+    plan = Schedule.build(config, sizes)
+    share = {n: s / sum(sizes.values()) for n, s in sizes.items()}
+    mixture = ", ".join(f"{n} {s:.1%}" for n, s in share.items())
+    joint = plan.epochs - plan.image_epochs
+    return (
+        f"schedule{notes}\n"
+        f"  image phase: {plan.image_epochs} epochs x {plan.image_epoch_steps:,} steps = "
+        f"{plan.image_steps:,} steps on {plan.image_dataset}\n"
+        f"  joint phase: {joint} epochs x {plan.joint_epoch_steps:,} steps = "
+        f"{joint * plan.joint_epoch_steps:,} steps ({mixture})\n"
+        f"  total {plan.total_steps:,} steps; learning rate up to {plan.peak_lr:g} over "
+        f"{plan.warmup_steps:,} warm-up steps, then cosine to {plan.min_lr:g}\n"
+        f"  alpha step every {config.vimnas.alpha.every} steps"
+        f"{'' if config.vimnas.alpha.enabled else ' (switched off)'}"
+    )

@@ -1,0 +1,311 @@
+"""Algorithm 1: the training loop.
+
+One step: draw (dataset, sub-network), forward and backward on that dataset's head, AdamW on the
+sampled blocks, then the alpha step on a held-out batch of the same dataset. Around it: log lines,
+evaluation on the `select` splits, checkpoints, and at the end the `test` splits, once.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vimnas_ds.config import ConfigError, RunConfig
+from vimnas_ds.data.joint import JointData, Loaders
+from vimnas_ds.model.alphas import decisions
+from vimnas_ds.report.board import Board
+from vimnas_ds.report.console import Console
+from vimnas_ds.seeds import derive_seed
+from vimnas_ds.space import Arch
+from vimnas_ds.train.alpha_step import AlphaLearner
+from vimnas_ds.train.checkpoint import load_checkpoint, save_checkpoint
+from vimnas_ds.train.engine import build_engine
+from vimnas_ds.train.evaluate import Evaluator, Score
+from vimnas_ds.train.meters import ChoiceCounts, Meters
+from vimnas_ds.train.objective import Objective, count_correct
+from vimnas_ds.train.ranks import Ranks, check_agreement
+from vimnas_ds.train.run_files import RunFiles
+from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
+from vimnas_ds.train.summary import write_summary
+
+
+class TooManySkippedSteps(RuntimeError):
+    """Non-finite losses or gradients, too many steps in a row."""
+
+
+class Trainer:
+    """One run on this rank; `run` trains to the end. `checkpoint`: where to resume from."""
+
+    def __init__(
+        self, config: RunConfig, data: JointData, ranks: Ranks, checkpoint: Path | None = None
+    ):
+        section = config.vimnas
+        self.config, self.section, self.data, self.ranks = config, section, data, ranks
+        self.files = RunFiles(section.output_dir)
+        self.schedule = Schedule.build(config, data.sizes)
+        self.micro_batch = config.micro_batch(ranks.world_size)
+        config.micro_batch(ranks.world_size, config.alpha_batch)  # refuse before any work
+        self.engine, warm_report = build_engine(config, ranks)
+        space = section.search_space
+        self.learner = AlphaLearner(space, section.alpha, section.seed, ranks)
+        self.choices = ChoiceCounts()
+        self.skipped = self.skipped_in_a_row = 0
+        position = self._resume(checkpoint) if checkpoint is not None else DataCursor()
+        is_image = {name: d.is_image for name, d in section.data.datasets.items()}
+        self.drawer = Drawer(self.schedule, space, is_image, section.seed, position)
+        self.loaders = Loaders(data, section.seed, ranks.rank, ranks.world_size, ranks.device)
+        self.evaluator = Evaluator(
+            self.loaders,
+            ranks,
+            self.engine.dtype,
+            section.log.eval_batch,
+            section.data.cache_mb,
+        )
+        self.objectives = {name: Objective(d) for name, d in section.data.datasets.items()}
+        self.meters = Meters(list(section.data.datasets), ranks)
+        self.board = Board(self.files.tensorboard, position.step + 1, ranks.is_main)
+        total = self.schedule.total_steps
+        self.console = Console(total, position.step, self.files.log, ranks.is_main)
+        self._unseen = set(section.data.datasets)  # datasets whose batch is still to be pictured
+        self._named_bad: set[str] = set()
+        for line in warm_report:
+            self.console.say(line)
+        if checkpoint is not None:
+            self.console.say(f"resumed from {checkpoint} at step {position.step}")
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def train_step(self, context: StepContext) -> tuple[float, float]:
+        """Weight step and alpha step; returns (seconds waited for data, learning rate)."""
+        section, name = self.section, context.dataset
+        loader = self.loaders.training(name, "train", self.config.global_batch)
+        loader.seek(context.batch_index)
+        started = time.perf_counter()
+        batch = loader.next()
+        waited = time.perf_counter() - started
+        what = f"step {context.step}, {name}, {context.archs[0]}"
+        check_agreement(context.fingerprint(), what, self.ranks)
+        # drop path and mixup depend on (seed, cursor, rank) alone, so a resumed run repeats them
+        seed = derive_seed("step", section.seed, context.cursor, self.ranks.rank)
+        torch.manual_seed(seed)
+        x = batch.x.to(self.ranks.device, self.engine.dtype)
+        y = batch.y.to(self.ranks.device)
+        if name in self._unseen:
+            self._unseen.discard(name)
+            names = self.data.catalogs[name].class_names
+            self.board.contact_sheet(context.step + 1, name, x.float(), y, names)
+        objective = self.objectives[name]
+        x, targets = objective.mix(x, y, seed)
+        logits = self.engine.deepspeed(x, context.archs[0], name)
+        loss = objective.loss(logits, targets)
+        lr = self.schedule.lr(context.step)
+        decay = section.data.datasets[name].weight_decay
+        self.engine.optimizer.activate(context.activation, lr, decay)
+        self.engine.weight_step(loss)
+        if self.engine.was_applied:
+            self.meters.add(name, loss.detach(), count_correct(logits, y), len(y))
+        self._guard(context)
+        self.drawer.advance(context)
+        self.choices.add(context.archs[0])
+        if section.alpha.enabled and context.step % section.alpha.every == 0:
+            waited += self._alpha_step(context)
+        return waited, lr
+
+    def _alpha_step(self, context: StepContext) -> float:
+        name = context.dataset
+        loader = self.loaders.training(name, "alpha", self.config.alpha_batch)
+        loader.seek(self.drawer.next_alpha_batch(name))
+        started = time.perf_counter()
+        batch = loader.next()
+        waited = time.perf_counter() - started
+        x = batch.x.to(self.ranks.device, self.engine.dtype)
+        y = batch.y.to(self.ranks.device)
+        loss = self.learner.step(self.engine.net, x, y, name)
+        if (context.step + 1) % self.section.log.every == 0:
+            self.board.alpha_step(context.step + 1, name, float(loss))
+        return waited
+
+    def _guard(self, context: StepContext) -> None:
+        """Count skipped steps; the engine has seen to it that all ranks skip the same ones."""
+        if self.engine.was_applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.console.say(
+            f"step {context.step + 1} skipped: non-finite gradient on {context.dataset} "
+            f"with {context.archs[0]} ({self.skipped_in_a_row} in a row)"
+        )
+        if self.skipped_in_a_row >= self.section.optimizer.max_skipped:
+            raise TooManySkippedSteps(
+                f"{self.skipped_in_a_row} steps in a row had non-finite gradients, the last on "
+                f"{context.dataset}: lower the learning rate, or switch on qk_norm, layer_scale or "
+                "gradient_clipping (vimnas.model, README: stability)"
+            )
+
+    # -- the run --------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step; returns the summary (also in summary.json)."""
+        section, total = self.section, self.schedule.total_steps
+        log = section.log
+        for line in self.data.describe():
+            self.console.say(line)
+        self.console.say(
+            f"{total} steps, {self.ranks.world_size} ranks x {self.micro_batch} samples, "
+            f"{'bf16' if self.engine.dtype == torch.bfloat16 else 'fp32'} on "
+            f"{self.ranks.device.type}, {self.loaders.workers} decoding threads per rank"
+        )
+        since, steps_since, data_seconds = time.perf_counter(), 0, 0.0
+        while (step := self.drawer.position.step) < total:
+            context = self.drawer.draw()
+            waited, lr = self.train_step(context)
+            done = step + 1
+            steps_since += 1
+            data_seconds += waited
+            if done % log.every == 0 or done == total or steps_since == done == 1:
+                elapsed = time.perf_counter() - since
+                rate = steps_since * self.config.global_batch / elapsed
+                self._log(context, lr, rate, data_seconds / steps_since)
+                since, steps_since, data_seconds = time.perf_counter(), 0, 0.0
+            if done % log.images_every == 0 or done == total:
+                self._pictures(done)
+            ends = self.schedule.is_epoch_end(step)
+            if done == total or (done % log.eval_every == 0 if log.eval_every else ends):
+                self.evaluate(done)
+            every = section.checkpoint.every
+            if done == total or (done % every == 0 if every else ends):
+                self.save(done)
+        return self.summarise()
+
+    def _log(self, context: StepContext, lr: float, rate: float, data_time: float) -> None:
+        done = context.step + 1
+        found = self.meters.take()
+        for name, (loss, top1) in found.items():
+            self.board.train_step(done, name, loss, top1, lr, rate, data_time, self.skipped)
+        loss, top1 = found.get(context.dataset, (float("nan"), float("nan")))
+        self.console.step_line(
+            done,
+            context.epoch,
+            context.phase,
+            context.dataset,
+            context.archs[0],
+            loss,
+            top1,
+            lr,
+            rate,
+            data_time,
+        )
+        for dataset, reasons in self.loaders.substitutions().items():
+            for path, reason in reasons.items():
+                if path not in self._named_bad:
+                    self._named_bad.add(path)
+                    self.console.say(f"{dataset}: {path} is unusable and replaced: {reason}")
+
+    def _pictures(self, done: int) -> None:
+        self._unseen = set(self.section.data.datasets)
+        probabilities = {
+            name: p.detach().tolist() for name, p in self.learner.alphas.probabilities().items()
+        }
+        self.board.alphas(done, probabilities, decisions(self.section.search_space))
+        self.board.sampled_choices(done, self.choices.state_dict())
+
+    # -- evaluation -----------------------------------------------------------------------------
+
+    def subnets(self) -> dict[str, Arch]:
+        """The sub-networks evaluated during training: the corners and some fixed random ones."""
+        space, log = self.section.search_space, self.section.log
+        fixed = {
+            f"fixed{i}": space.sample(random.Random(f"{self.section.seed}/fixed/{i}"))
+            for i in range(log.eval_subnets)
+        }
+        return {"largest": space.largest(), "smallest": space.smallest(), **fixed}
+
+    def score(self, arch: Arch, dataset: str, split: str) -> Score:
+        """One sub-network on one split, in eval mode, on all ranks."""
+        net = self.engine.net
+        net.eval()
+        try:
+            return self.evaluator.score(lambda x: net(x, arch, dataset), dataset, split)
+        finally:
+            net.train()
+
+    def evaluate(self, done: int) -> None:
+        """Every fixed sub-network on every `select` split."""
+        parts = []
+        for dataset in self.section.data.datasets:
+            scores = {}
+            for label, arch in self.subnets().items():
+                scores[label] = self.score(arch, dataset, "select")
+                s = scores[label]
+                self.board.evaluation(done, dataset, label, s.loss, s.top1, s.top5)
+            parts.append(
+                f"{dataset} largest {scores['largest'].top1:.1%} "
+                f"smallest {scores['smallest'].top1:.1%}"
+            )
+        self.console.say(f"select at step {done}: " + "; ".join(parts))
+
+    def summarise(self) -> dict[str, Any]:
+        """Scores of largest and smallest on the test splits: read here, once, and nowhere else."""
+        picks = {k: a for k, a in self.subnets().items() if k in ("largest", "smallest")}
+        scores = {
+            dataset: {label: self.score(arch, dataset, "test") for label, arch in picks.items()}
+            for dataset in self.section.data.datasets
+        }
+        if not self.ranks.is_main:
+            return {}
+        summary = write_summary(self.config, self.data, self.files, picks, scores, self.skipped)
+        for line in summary["table"].splitlines():
+            self.console.say(line)
+        return summary
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def save(self, done: int) -> Path:
+        """A checkpoint after `done` steps, on all ranks."""
+        state = {
+            "position": self.drawer.position.state_dict(),
+            "learner": self.learner.state_dict(),
+            "choices": self.choices.state_dict(),
+            "skipped": (self.skipped, self.skipped_in_a_row),
+            "identity": self._identity(),
+        }
+        keep = self.section.checkpoint.keep
+        return save_checkpoint(self.files.checkpoints, done, self.engine, state, self.ranks, keep)
+
+    def _resume(self, checkpoint: Path) -> DataCursor:
+        state = load_checkpoint(checkpoint, self.engine, self.ranks)
+        for key, value in self._identity().items():
+            if state["identity"][key] != value:
+                raise ConfigError(
+                    f"{checkpoint} is of another run: {key} was {state['identity'][key]!r}, "
+                    f"now {value!r}"
+                )
+        self.learner.load_state_dict(state["learner"])
+        self.choices.load_state_dict(state["choices"])
+        self.skipped, self.skipped_in_a_row = state["skipped"]
+        return DataCursor.from_state(state["position"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change under a run for its draws and weights to mean the same."""
+        section = self.section
+        return {
+            "space": section.space,
+            "seed": section.seed,
+            "global batch": self.config.global_batch,
+            "training files": self.data.sizes,
+            "tokens": section.tokens.model_dump(mode="json"),
+            "qk_norm": section.model.qk_norm,
+            "layer_scale": section.model.layer_scale,
+            "schedule": section.schedule.model_dump(mode="json"),
+        }
+
+    def close(self) -> None:
+        """Stop threads, flush files."""
+        self.loaders.close()
+        self.board.close()
+        self.console.close()

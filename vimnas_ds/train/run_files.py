@@ -1,0 +1,81 @@
+"""The files of one run, and when a run may write them.
+
+OUTPUT_DIR/config.json     the configuration as it ran
+OUTPUT_DIR/train.log       every line of the console
+OUTPUT_DIR/tensorboard/    event files
+OUTPUT_DIR/checkpoints/    step00001234/ ..., latest
+OUTPUT_DIR/summary.json    results on the test splits
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vimnas_ds.config import ConfigError, RunConfig
+from vimnas_ds.train.checkpoint import find_checkpoint
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Paths under a run's folder."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "train.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    def remove(self) -> None:
+        """Delete an earlier run's files (these only, whatever else the folder holds)."""
+        for folder in (self.tensorboard, self.checkpoints):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.config, self.log, self.summary):
+            file.unlink(missing_ok=True)
+
+
+def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint to start from, None for a fresh run.
+
+    `resume` is None, "latest" or a path. Raises ConfigError rather than mixing two runs.
+    """
+    if resume is not None and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    if resume is not None:
+        return find_checkpoint(files.root if resume == "latest" else Path(resume))
+    if files.checkpoints.is_dir() and not overwrite:
+        raise ConfigError(
+            f"{files.root} already holds a run: --resume continues it, --overwrite starts anew, "
+            "--set vimnas.output_dir=... goes elsewhere"
+        )
+    return None
+
+
+def config_object(config: RunConfig) -> dict[str, Any]:
+    """The configuration as one JSON object, defaults included; loads back as it was."""
+    vimnas = config.vimnas.model_dump(mode="json")
+    return {"about": config.about, **config.deepspeed, "vimnas": vimnas}
+
+
+def write_config(files: RunFiles, config: RunConfig) -> None:
+    files.root.mkdir(parents=True, exist_ok=True)
+    files.config.write_text(json.dumps(config_object(config), indent=2) + "\n")
