@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.launch import launch
 from vimnas_ds.ops.boxes import boxes_in_range, merge_cells
 
 pytestmark = pytest.mark.slow
@@ -20,14 +17,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict]:
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
-        "--master_port", "29611", str(ROOT / "tests" / "launched" / "zero_cases.py"),
-    ]  # fmt: skip
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    lines = [line.split(" ", 2) for line in done.stdout.splitlines() if "RESULT " in line]
+    output = launch("tests/launched/zero_cases.py")
+    lines = [line.split(" ", 2) for line in output.splitlines() if "RESULT " in line]
     return {name: json.loads(values) for _, name, values in lines}
 
 

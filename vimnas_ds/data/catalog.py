@@ -75,7 +75,7 @@ def scan_dataset(name: str, section: DatasetSection) -> Catalog:
         absent = absent_train + absent_test
     for split, samples in ((section.train_split, train), (section.test_split, test)):
         if not samples:
-            note = f" ({len(absent)} annotated files are missing, first: {absent[0]})"
+            note = f" ({len(absent)} annotated files are missing: {', '.join(absent[:3])}, ...)"
             raise DataMissing(
                 f'{name}: no usable file in the split "{split}" of {section.root}'
                 f"{note if absent else ''}; check {key}"

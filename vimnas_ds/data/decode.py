@@ -15,7 +15,6 @@ small frame); loaders decode many files at once instead, and PyAV releases the G
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +23,10 @@ import av
 import numpy as np
 from av.error import EOFError as StreamEnd
 from av.error import FFmpegError
-from av.sidedata.sidedata import Type as SideData
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from vimnas_ds.data.bad import BadVideo
+from vimnas_ds.data.convert import Converter
 from vimnas_ds.data.sampling import Window, frame_times
 
 #: Matroska rounds timestamps to milliseconds: a frame may be this late and still be shown.
@@ -39,7 +37,6 @@ MAX_ERRORS = 32
 MIN_BIT_RATE = 500
 
 Pixels = NDArray[np.uint8]
-_local = threading.local()
 
 
 def read_clip(
@@ -201,7 +198,7 @@ def decoded_frames(
     """Frames in display order with their times in seconds; damaged packets are passed over.
 
     AVI stores no presentation times, and FFmpeg's guesses for B-frames run backwards: there the
-    decoding time of a frame leaving the decoder is the right one.
+    decoding time of a frame leaving the decoder is taken, which is late by one or two frames.
     """
     base, by_dts = float(stream.time_base or 0), container.format.name == "avi"
     time, errors = -math.inf, 0
@@ -235,7 +232,7 @@ class _Fill:
         self.next = 0
         self.done = False
         self.clip: Pixels = np.empty((0, 0, 0, 3), np.uint8)
-        self.convert: _Convert | None = None
+        self.convert: Converter | None = None
 
     def show(self, frame: av.VideoFrame, until: float) -> None:
         """Puts `frame` wherever the wanted time is before `until`, the next frame's time."""
@@ -246,7 +243,7 @@ class _Fill:
             return
         self.next, self.done = end, end == len(self.times)
         if self.convert is None:
-            self.convert = _Convert(frame)
+            self.convert = Converter(frame)
             picture = self.convert(frame)
             height, width = picture.shape[:2]
             window = self.crop(width, height) if self.crop else Window(0, 0, height, width)
@@ -257,41 +254,3 @@ class _Fill:
         else:
             picture = self.convert(frame)
         self.clip[begin:end] = picture[self.window]
-
-
-class _Convert:
-    """Frames to upright RGB of the first frame's size: uint8 (H, W, 3)."""
-
-    def __init__(self, first: av.VideoFrame) -> None:
-        self.width, self.height = first.width, first.height
-        self.transpose, self.flip_rows, self.flip_columns = orientation(first)
-        if not hasattr(_local, "scaler"):
-            _local.scaler = VideoReformatter()
-
-    def __call__(self, frame: av.VideoFrame) -> Pixels:
-        rgb = _local.scaler.reformat(
-            frame, width=self.width, height=self.height, format="rgb24", threads=1
-        )
-        picture: Pixels = rgb.to_ndarray()
-        if self.transpose:
-            picture = picture.transpose(1, 0, 2)
-        if self.flip_rows:
-            picture = picture[::-1]
-        return picture[:, ::-1] if self.flip_columns else picture
-
-
-def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """(transpose, flip rows, flip columns) that make the frame upright, from its display matrix.
-
-    The matrix maps stored to shown coordinates, x' = a x + c y, y' = b x + d y. Quarter turns and
-    mirrors are applied; any other matrix is ignored.
-    """
-    data = frame.side_data.get(SideData.DISPLAYMATRIX)
-    if data is None:
-        return False, False, False
-    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
-    if a == d == 0 and b and c:
-        return True, b < 0, c < 0
-    if b == c == 0 and a and d:
-        return False, d < 0, a < 0
-    return False, False, False

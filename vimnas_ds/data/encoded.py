@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vimnas_ds.data.bad import BadVideo
-from vimnas_ds.data.decode import TOLERANCE, decoded_frames, open_video, orientation, packet_stamps
+from vimnas_ds.data.convert import orientation
+from vimnas_ds.data.decode import TOLERANCE, decoded_frames, open_video, packet_stamps
 from vimnas_ds.data.sampling import frame_times
 
 GPU_CODECS = frozenset("h264 hevc vp8 vp9 av1".split())

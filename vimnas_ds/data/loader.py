@@ -11,45 +11,26 @@ in its place and evaluation leaves it out; both count and name it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from vimnas_ds.config import DatasetSection
 from vimnas_ds.data.bad import BadFile, TooManyBadFiles
+from vimnas_ds.data.batches import Batch, Graphs, Ready
 from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.order import Stream, locate
-from vimnas_ds.data.pipelines import Graph, Source, build_eval_pipeline, build_train_pipeline
-from vimnas_ds.data.prepare import Feed, FilePreparer, View
+from vimnas_ds.data.prepare import FilePreparer, View
 from vimnas_ds.data.sampling import draw_sample
+
+__all__ = ["Batch", "EvalLoader", "TrainLoader", "View"]
 
 #: Files tried for one place of a batch before the dataset counts as broken.
 MAX_TRIES = 16
 #: Samples seen before the share of bad ones is judged.
 MIN_SEEN = 50
-
-
-@dataclass(frozen=True)
-class Batch:
-    """x: float32 (B, 3, H, W) or (B, 3, T, H, W), normalised; y: int64 (B,); both on the loader's
-    device. names: the files' paths relative to the dataset's root."""
-
-    x: Tensor
-    y: Tensor
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Ready:
-    """One prepared sample: None if no usable file was found; and what was wrong with others."""
-
-    feed: Feed | None
-    sample: Sample
-    failures: dict[str, str]
 
 
 class TrainLoader:
@@ -104,7 +85,7 @@ class TrainLoader:
         self._global_batch, self._batch = global_batch, global_batch // world_size
         self._rank, self._pool, self._prefetch = rank, pool, prefetch
         self._max_bad_share = max_bad_share
-        self._graphs = _Graphs(section, self._batch, device, threads, train=True)
+        self._graphs = Graphs(section, self._batch, device, threads, train=True)
         self._bad: dict[int, str] = {}  # sample index -> reason
         self._next = self._submitted = 0
         self._queue: deque[list[Future[Ready]]] = deque()
@@ -239,7 +220,7 @@ class EvalLoader:
         )
         self._batch, self._view, self._pool = batch, view or View(), pool
         self._prefetch = prefetch
-        self._graphs = _Graphs(section, batch, device, threads, train=False)
+        self._graphs = Graphs(section, batch, device, threads, train=False)
 
     def __len__(self) -> int:
         """Batches of this process, if no file is unusable."""
@@ -289,58 +270,3 @@ class EvalLoader:
     def close(self) -> None:
         """Frees DALI; may be called again."""
         self._graphs.close()
-
-
-class _Graphs:
-    """The graph of a loader, and the one that takes a batch DALI's decoder refused."""
-
-    def __init__(
-        self,
-        section: DatasetSection,
-        batch: int,
-        device: torch.device,
-        threads: int,
-        train: bool,
-    ) -> None:
-        self.fallbacks = 0
-        gpu = device.type == "cuda"
-        build = build_train_pipeline if train else build_eval_pipeline
-        self._source: Source = "image" if section.is_image else "nvdec" if gpu else "frames"
-        self._safe: Source = "image" if section.is_image else "frames"
-        self._graphs = {
-            source: Graph(
-                partial(
-                    build, section, source, batch, "gpu" if gpu else "cpu", threads, device.index
-                )
-            )
-            for source in dict.fromkeys((self._source, self._safe))
-        }
-
-    def run(self, ready: list[Ready], redo: Callable[[], list[Ready]]) -> Batch:
-        """The batch; empty if `redo` leaves nothing.
-
-        A batch that holds a file which is not for the GPU's decoder, or that DALI refuses, is
-        prepared again by `redo` without DALI's decoders.
-        """
-        feeds = [one.feed for one in ready if one.feed is not None]
-        if self._source != "nvdec" or all("encoded" in feed for feed in feeds):
-            try:
-                return _batch(self._graphs[self._source].run(feeds), ready)
-            except RuntimeError:
-                if self._source == "frames":
-                    raise  # nothing is decoded there: another attempt would fail as well
-        self.fallbacks += 1
-        ready = redo()
-        feeds = [one.feed for one in ready if one.feed is not None]
-        if not feeds:
-            return _batch(torch.empty(0), [])
-        return _batch(self._graphs[self._safe].run(feeds), ready)
-
-    def close(self) -> None:
-        for graph in self._graphs.values():
-            graph.close()
-
-
-def _batch(x: Tensor, ready: list[Ready]) -> Batch:
-    y = torch.tensor([one.sample.label for one in ready], dtype=torch.int64, device=x.device)
-    return Batch(x, y, tuple(one.sample.path for one in ready))

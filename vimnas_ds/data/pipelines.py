@@ -181,10 +181,14 @@ def _build(
     )
 
 
+class GraphError(RuntimeError):
+    """DALI refused a batch."""
+
+
 class Graph:
     """A pipeline that is built when the first batch comes.
 
-    `run` is synchronous. A RuntimeError of DALI leaves the object usable: the dead pipeline is
+    `run` is synchronous. After a `GraphError` the object is still usable: the dead pipeline is
     thrown away and the next call builds a new one.
     """
 
@@ -199,7 +203,7 @@ class Graph:
             feeds: the samples' inputs by name, at most the pipeline's batch size.
 
         Raises:
-            RuntimeError: DALI cannot process an input.
+            GraphError: DALI cannot process an input.
         """
         if self._pipeline is None:
             self._pipeline = self._make()
@@ -212,9 +216,9 @@ class Graph:
             if batch.is_cuda:  # the pipeline's memory is reused by the next run
                 torch.cuda.current_stream(batch.device).synchronize()
             return batch
-        except RuntimeError:
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:  # DALI raises them all
             self.close()
-            raise
+            raise GraphError(str(error).strip()) from error
 
     def close(self) -> None:
         """Frees the pipeline and its threads."""

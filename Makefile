@@ -1,0 +1,41 @@
+# Two commands for a fresh machine (Debian, Python 3.11): `make demo` and `make test`.
+# Each does its own set-up in .venv; nothing is installed outside it.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RANKS ?= 2
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test test-fast lint format clean
+
+setup: $(READY)
+
+$(READY): setup.py pyproject.toml scripts/setup_venv.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/setup_venv.sh
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python scripts/make_demo_data.py --out runs/demo_data
+	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py \
+		--deepspeed_config ds_configs/demo.json --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Makes the virtual environment that the Makefile uses: PYTHON and VENV say from what and where.
+# torch comes first and by itself (its CUDA 13 build; about two minutes), DeepSpeed without
+# building any operator, and this package last, editable, in the environment it will run in.
+set -euo pipefail
+
+PYTHON=${PYTHON:-python3}
+VENV=${VENV:-.venv}
+
+"$PYTHON" - <<'PY'
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}; set PYTHON=...")
+PY
+
+if [ ! -x "$VENV/bin/python" ]; then
+    if ! "$PYTHON" -m venv "$VENV" 2>/dev/null; then
+        rm -rf "$VENV"
+        echo "python3-venv is missing: installing it with apt-get"
+        sudo=""
+        [ "$(id -u)" = 0 ] || sudo="sudo"
+        $sudo apt-get update -q
+        $sudo apt-get install -q -y python3-venv
+        "$PYTHON" -m venv "$VENV"
+    fi
+fi
+
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+pip install -q 'setuptools>=70' wheel
+pip install -q 'torch==2.14.1' 'torchvision==0.29.1'
+DS_BUILD_OPS=0 pip install -q 'deepspeed>=0.19.8,<0.20'
+pip install -q --no-build-isolation -e '.[dev]'
+"$VENV/bin/python" -c 'import torch, vimnas_ds; print("vimnas_ds", vimnas_ds.__version__, "torch", torch.__version__)'

@@ -1,0 +1,154 @@
+"""The whole run through the launcher, on real files: draws, resume, bf16, results."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.launch import launch
+from vimnas_ds.data.demo import make_demo_data
+
+pytestmark = pytest.mark.slow
+RESUME_AT = 14
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A small demo set and a configuration with everything random switched on."""
+    root = tmp_path_factory.mktemp("training")
+    make_demo_data(out=root / "data", seed=0, train_per_class=10, test_per_class=2, workers=2)
+    config = json.loads(Path("ds_configs/demo.json").read_text())
+    config["train_batch_size"] = 16
+    section = config["vimnas"]
+    section["model"] = {"drop_path": 0.2, "qk_norm": True, "layer_scale": 0.5}
+    section["schedule"] = {"epochs": 3, "warmup": 2, "warmup_unit": "steps"}
+    section["alpha"] = {"every": 1}
+    section["log"] = {"every": 1, "images_every": 10, "eval_every": 14, "eval_subnets": 1}
+    section["checkpoint"] = {"every": RESUME_AT, "keep": 9}
+    for name, data in section["data"]["datasets"].items():
+        data["root"] = str(root / "data" / name)
+    section["data"]["datasets"]["k400"]["mixup"] = 0.3
+    section["data"]["datasets"]["k400"]["randaugment"] = {"n": 2, "m": 9, "std": 0.5}
+    (root / "config.json").write_text(json.dumps(config))
+    return root
+
+
+def train(folder: Path, name: str, *args: str, ranks: int = 2) -> str:
+    return launch(
+        "scripts/train.py",
+        "--deepspeed_config",
+        str(folder / "config.json"),
+        "--set",
+        f"vimnas.output_dir={folder / name}",
+        *args,
+        ranks=ranks,
+    )
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def pair(request, folder) -> tuple[Path, Path]:
+    """An uninterrupted run, and one resumed from its checkpoint of step 14 in another folder."""
+    kind = request.param
+    bf16 = ["--set", f"bf16.enabled={str(kind == 'bf16').lower()}"]
+    train(folder, kind, *bf16)
+    tag = f"step{RESUME_AT:08d}"
+    resumed = folder / f"{kind}-resumed"
+    for part in ("tensorboard", f"checkpoints/{tag}"):
+        shutil.copytree(folder / kind / part, resumed / part)
+    (resumed / "checkpoints" / "latest").write_text(tag)
+    train(folder, resumed.name, *bf16, "--resume")
+    return folder / kind, resumed
+
+
+def last_checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+
+
+def draws(run: Path) -> list[tuple[str, ...]]:
+    """(step, phase, dataset, sub-network) of every log line."""
+    pattern = r"step (\d+)/\d+\s+e\d+ (\w+)\s+(\w+)\s+(d\d e\d+ h[\d.]+ r[\d.]+)"
+    return re.findall(pattern, (run / "train.log").read_text())
+
+
+def compare(a: object, b: object, where: str) -> int:
+    """Fails at the first difference; returns the number of tensors compared."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+        return 1
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        return sum(compare(a[k], b[k], f"{where}.{k}") for k in a)
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        return sum(compare(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b)))  # noqa: B905
+    return 0
+
+
+def test_a_resumed_run_continues_bit_equal(pair):
+    whole, resumed = (last_checkpoint(run) for run in pair)
+    assert whole.name == resumed.name > f"step{RESUME_AT:08d}"
+    a, b = (load_file(p / "supernet.safetensors") for p in (whole, resumed))
+    assert compare(a, b, "weights") > 40
+    for shard in sorted(p.name for p in whole.glob("*_optim_states.pt")):
+        # the run's own files, DeepSpeed's format: not readable with weights_only
+        a, b = (torch.load(p / shard, weights_only=False) for p in (whole, resumed))
+        assert compare(a["optimizer_state_dict"], b["optimizer_state_dict"], shard) >= 6
+    a, b = (
+        torch.load(p / "mp_rank_00_model_states.pt", weights_only=False)["vimnas"]
+        for p in (whole, resumed)
+    )
+    assert a["position"] == b["position"]
+    assert a["choices"] == b["choices"]
+    assert compare(a["learner"], b["learner"], "alphas") > 17
+    assert compare(a["counts"], b["counts"], "counts") > 40
+    assert len(a["rng"]) == 2
+    assert compare([r["torch"] for r in a["rng"]], [r["torch"] for r in b["rng"]], "rng") == 2
+
+
+def test_a_resumed_run_writes_each_tensorboard_step_once(pair):
+    whole, resumed = (EventAccumulator(str(run / "tensorboard")).Reload() for run in pair)
+    for tag in ("train/lr", "train/loss/imagenet", "train/loss/ssv2"):
+        a, b = ([(e.step, e.value) for e in board.Scalars(tag)] for board in (whole, resumed))
+        assert a == b
+    assert [e.step for e in whole.Scalars("train/lr")] == sorted(
+        {e.step for e in whole.Scalars("train/lr")}
+    )
+    tags = whole.Tags()
+    assert {f"batch/{n}" for n in ("imagenet", "k400", "k600", "ssv2")} <= set(tags["images"])
+    assert {"alpha/probabilities/embed_dim", "sampled/depth"} <= set(tags["images"])
+    assert "select/k400/top1/largest" in tags["scalars"]
+
+
+def test_draws_are_the_same_on_one_rank_and_two(folder, pair):
+    if not (folder / "one").exists():
+        train(folder, "one", "--set", "vimnas.alpha.enabled=false", ranks=1)
+    two = draws(pair[0])
+    assert len(two) > 30
+    assert draws(folder / "one") == two
+    assert {phase for _, phase, *_ in two} == {"image", "joint"}
+
+
+def test_the_result_is_a_table_and_the_same_numbers_in_json(pair):
+    summary = json.loads((pair[0] / "summary.json").read_text())
+    assert set(summary["datasets"]) == {"imagenet", "k400", "k600", "ssv2"}
+    for entry in summary["datasets"].values():
+        assert entry["chance"] == 1 / 8
+        assert entry["picks"]["largest"]["count"] == 16
+        assert 0 <= entry["picks"]["smallest"]["top1"] <= 1
+        assert entry["picks"]["largest"]["params"] > entry["picks"]["smallest"]["params"]
+    log = (pair[0] / "train.log").read_text()
+    assert f"{summary['datasets']['k400']['picks']['largest']['params']:,}" in log
+
+
+def test_a_run_is_never_mixed_with_an_older_one(folder, pair):
+    with pytest.raises(AssertionError, match="already holds a run: --resume continues it"):
+        train(folder, pair[0].name, ranks=1)
+    with pytest.raises(AssertionError, match="was saved by 2 ranks, this run has 1"):
+        train(folder, pair[0].name, "--resume", ranks=1)
