@@ -2,11 +2,13 @@
 
     python scripts/make_demo_data.py --out runs/demo_data
 
-Takes about COST on two CPU cores and SIZE of disk: 3200 training and 1024 test files, eight classes in
-each dataset. A folder that already holds the set is left as it is (the command then takes a moment),
-so it is safe to run before every demo. Expect progress lines and, last, the counts:
+Costs about 50 CPU-seconds (half a minute on two free cores) and 55 MB of disk: 800 training and 256
+test files in each dataset, eight classes each. A folder that already holds the set is left as it
+is, in under a second, so it is safe to run before every demo. Expect progress lines and then
 
     imagenet: 800 train, 256 test
+    ...
+    runs/demo_data is ready after 30 s
 """
 
 import argparse

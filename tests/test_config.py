@@ -133,6 +133,7 @@ def test_batch_arithmetic_and_precision():
         ("vimnas.data.datasets.imagenet.frames", 8, "for video datasets only"),
         ("vimnas.data.datasets.k400.num_class", 5, 'k400.num_class".*"num_classes"'),
         ("vimnas.data.datasets.k400.crop_scale", [0.9, 0.1], "crop_scale needs 0 < low <= high"),
+        ("vimnas.data.datasets.k400.resize", 16, "resize 16 is smaller than the crop of size 32"),
         ("vimnas.data.datasets.k400.frames", 2, "datasets.k400: tube .* does not fit"),
         ("vimnas.tokens.kind", "patches", "'tubes' or 'tubelet'"),
         ("vimnas.tokens.image_tube", 5, "image_tube 5 is not one of 2 tubes"),

@@ -135,6 +135,8 @@ class DatasetSection(Section):
             raise ValueError('layout "csv" needs annotations: the file')
         if self.layout == "ssv2" and self.kind != "video":
             raise ValueError('layout "ssv2" is for video')
+        if self.test_resize < self.size:
+            raise ValueError(f"resize {self.resize} is smaller than the crop of size {self.size}")
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:

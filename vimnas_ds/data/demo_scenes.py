@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 # The share of hard samples in each dataset, between 0 and 1: faint colour, strong noise, a small
 # shape or little motion. The others are plain and learned in a few hundred steps, so this share is
 # what keeps a good small network away from 100 %.
-DIFFICULTY: dict[str, float] = {"imagenet": 0.15, "k400": 0.2, "k600": 0.35, "ssv2": 0.15}
+DIFFICULTY: dict[str, float] = {"imagenet": 0.15, "k400": 0.2, "k600": 0.5, "ssv2": 0.15}
 
 # Display names; a class's position is its number here. Video classes 2k and 2k + 1 are a pair.
 DEMO_CLASSES: dict[str, tuple[str, ...]] = {
@@ -86,7 +86,7 @@ class Scene:
 
     rng: np.random.Generator
     hard: bool
-    progress: Floats  # (T, 1, 1), monotone; its middle is 0 and its ends near -0.5 and 0.5
+    progress: Floats  # (T, 1, 1), rises steadily from -0.5 to 0.5
     x: Floats  # (1, 1, W)
     y: Floats  # (1, H, 1), downwards
     canvas: Floats  # (3, T, H, W) in [0, 1]; numpy is quick where the long axes come last
@@ -119,7 +119,7 @@ def render_image(
     scene = _open_scene(rng, "imagenet", num_frames=1)
     name = DEMO_CLASSES["imagenet"][class_id]
     if name in SHAPES:
-        radius = _uniform(rng, 0.12, 0.2) if scene.hard else _uniform(rng, 0.22, 0.36)
+        radius = _uniform(rng, 0.12, 0.2) if scene.hard else _uniform(rng, 0.25, 0.38)
         mask = shape_mask(scene, name, *_somewhere(scene, 0.2), radius)
     else:
         mask = _pattern_mask(scene, name)
@@ -362,7 +362,7 @@ def _warm(scene: Scene) -> None:
 
 
 def _turn(scene: Scene) -> None:
-    """A clock's hand with a heavy end that turns clockwise, by up to 200 degrees."""
+    """A clock's hand with a heavy end that turns clockwise, by up to 160 degrees."""
     rng = scene.rng
     x, y = _somewhere(scene, 0.08)
     angle = _uniform(rng, -0.8, 0.8) - math.pi / 2 + 2.8 * scene.reach() * scene.progress

@@ -67,7 +67,7 @@ def build_engine(config: RunConfig, ranks: Ranks) -> tuple[Engine, list[str]]:
     optimizer = SampledAdamW(net.named_parameters(), grids, section.betas, section.eps)
     has_gpu = ranks.device.type == "cuda"
     settings = config.deepspeed_dict(ranks.world_size, has_gpu)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
     optimizer.bind_zero(engine)
     dtype = torch.bfloat16 if config.bf16(has_gpu) else torch.float32

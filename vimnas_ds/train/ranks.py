@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ def start_ranks(timeout_minutes: float = 10) -> Ranks:
     if not has_gpu:
         # its shared-memory operator is for inference only and needs a compiler at start-up
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
     if has_gpu:
