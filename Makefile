@@ -18,9 +18,7 @@ $(READY): setup.py pyproject.toml scripts/setup_venv.sh
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python scripts/make_demo_data.py --out runs/demo_data
-	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py \
-		--deepspeed_config ds_configs/demo.json --overwrite
+	$(BIN)/python scripts/demo.py --ranks $(RANKS)
 
 test: $(READY)
 	$(BIN)/python -m pytest

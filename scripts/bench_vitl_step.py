@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         ],
     )
     ranks = start_ranks()
-    engine, _ = build_engine(config, ranks)
+    engine = build_engine(config, ranks)
     space, data = config.vimnas.search_space, config.vimnas.data.datasets[args.dataset]
     learner = AlphaLearner(space, config.vimnas.alpha, 0, ranks)
     frames = () if data.is_image else (data.frames or 1,)

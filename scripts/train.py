@@ -1,9 +1,11 @@
-"""Train the supernet: Algorithm 1 of VIM-NAS on the data and recipe of one configuration file.
+r"""Train the supernet: Algorithm 1 of VIM-NAS on the data and recipe of one configuration file.
 
     deepspeed scripts/train.py --deepspeed_config ds_configs/vitl.json
     deepspeed --num_gpus 2 scripts/train.py --deepspeed_config ds_configs/demo.json   (on a CPU too)
     torchrun --nproc_per_node 2 scripts/train.py --deepspeed_config ds_configs/demo.json
     python scripts/train.py --deepspeed_config ds_configs/vitl.json --dry_run
+    deepspeed scripts/train.py --deepspeed_config ds_configs/vitl.json \
+        --arch runs/vitl/perturbation/arch.json --inherit runs/vitl
 
 Writes under vimnas.output_dir: train.log, tensorboard/, checkpoints/, summary.json. The demo takes
 about five minutes on two CPU cores; the reference runs' costs stand in their files.
@@ -17,7 +19,9 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
+from vimnas_ds.arch_file import read_arch
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.data.bad import TooManyBadFiles
 
@@ -47,6 +51,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="delete an earlier run in vimnas.output_dir"
     )
+    parser.add_argument(
+        "--arch",
+        type=Path,
+        metavar="FILE",
+        help="train this one sub-network alone, same recipe and engine; the run goes to "
+        "OUTPUT_DIR_subnet unless --set vimnas.output_dir says otherwise",
+    )
+    parser.add_argument(
+        "--inherit",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start from the weights of this supernet run or checkpoint",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -56,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        config = load_config(args.deepspeed_config, args.set)
+        config = configure(args)
         if args.dry_run:
             from vimnas_ds.train.dry_run import describe_run
 
@@ -71,6 +88,19 @@ def main(argv: list[str] | None = None) -> int:
         return 3 if stopped else 2
 
 
+def configure(args: argparse.Namespace) -> RunConfig:
+    """The configuration with everything the command line says about it."""
+    overrides = list(args.set)
+    if args.arch is not None:
+        overrides.append(f"vimnas.arch={read_arch(args.arch).to_json()}")
+        if not any(o.startswith("vimnas.output_dir=") for o in overrides):
+            plain = load_config(args.deepspeed_config, overrides)
+            overrides.append(f"vimnas.output_dir={plain.vimnas.output_dir}_subnet")
+    if args.inherit is not None:
+        overrides.append(f"vimnas.model.inherit={args.inherit}")
+    return load_config(args.deepspeed_config, overrides)
+
+
 def train(config: RunConfig, resume: str | None, overwrite: bool) -> int:
     """Check everything that can be checked without work, then run."""
     from vimnas_ds.data.joint import open_datasets
@@ -83,17 +113,13 @@ def train(config: RunConfig, resume: str | None, overwrite: bool) -> int:
     start = choose_start(files, resume, overwrite)
     data = open_datasets(config.vimnas.data)
 
-    import torch
     import torch.distributed as dist
 
-    from vimnas_ds.train.loop import Trainer, TooManySkippedSteps
-    from vimnas_ds.train.ranks import start_ranks
+    from vimnas_ds.train.loop import TooManySkippedSteps, Trainer
+    from vimnas_ds.train.ranks import start_ranks, use_cpu_threads
 
     ranks = start_ranks()
-    if ranks.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.vimnas.cpu_threads or max(1, cores // local))
+    use_cpu_threads(config.vimnas.cpu_threads, ranks)
     if ranks.is_main:
         if overwrite:
             files.remove()

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vimnas_ds.space import SPACES, SearchSpace
+from vimnas_ds.space import SPACES, Arch, SearchSpace
 from vimnas_ds.tubes import TUBELET, TUBEVIT, TokenGeometry, Tube
 
 
@@ -118,6 +118,12 @@ class DatasetSection(Section):
     random_erasing: Fraction = Field(0.0, description="Probability")
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="Area of the random crop")
     crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="Aspect ratio of the crop")
+    test_clips: int | None = Field(
+        None, ge=1, description="Clips of a test video; null: 4, SSV2 2 (images 1)"
+    )
+    test_crops: Literal[1, 3] | None = Field(
+        None, description="Crops along the longer side of each; null: 3 for video, 1 for images"
+    )
     directional_labels: bool = Field(
         False, description="Labels change under a mirror: never flip (always so for ssv2)"
     )
@@ -153,6 +159,13 @@ class DatasetSection(Section):
     def flip(self) -> bool:
         """Whether training may mirror: never where left and right are labels."""
         return not self.directional_labels and self.layout != "ssv2"
+
+    @property
+    def views(self) -> tuple[int, int]:
+        """(clips, crops) of a test sample: 4 x 3 Kinetics, 2 x 3 SSV2, 1 x 1 images."""
+        if self.is_image:
+            return 1, self.test_crops or 1
+        return self.test_clips or (2 if self.layout == "ssv2" else 4), self.test_crops or 3
 
     @property
     def test_resize(self) -> int:
@@ -199,6 +212,15 @@ class ModelSection(Section):
     init: Path | None = Field(
         None, description="Warm start: a local timm ViT checkpoint (.safetensors, .pth)"
     )
+    inherit: Path | None = Field(
+        None, description="Start from the weights of a supernet run or checkpoint of this project"
+    )
+
+    @model_validator(mode="after")
+    def _one_start(self) -> ModelSection:
+        if self.init is not None and self.inherit is not None:
+            raise ValueError("init and inherit exclude each other")
+        return self
 
 
 class ScheduleSection(Section):
@@ -264,11 +286,26 @@ class CheckpointSection(Section):
     keep: int = Field(3, ge=1, description="Checkpoints kept")
 
 
+class ArchSection(Section):
+    """One sub-network of the space, spelled as in arch.json."""
+
+    embed_dim: int
+    depth: int
+    num_heads: tuple[int, ...]
+    mlp_ratio: tuple[float, ...]
+
+    def arch(self) -> Arch:
+        return Arch(self.embed_dim, self.depth, self.num_heads, self.mlp_ratio)
+
+
 class VimnasSection(Section):
     """Everything that is not DeepSpeed's."""
 
     output_dir: Path = Field(description="Folder of the run: log, checkpoints, TensorBoard")
     space: str = Field(description=f"Search space: {', '.join(SPACES)}")
+    arch: ArchSection | None = Field(
+        None, description="Train this sub-network alone (scripts/train.py --arch); null: the space"
+    )
     seed: int = Field(0, ge=0)
     cpu_threads: int | None = Field(
         None, ge=1, description="torch threads per process on a CPU; null: cores / ranks"
@@ -286,6 +323,8 @@ class VimnasSection(Section):
     def _consistent(self) -> VimnasSection:
         if self.space not in SPACES:
             raise ValueError(f"space {self.space!r} is none of {', '.join(SPACES)}")
+        if self.arch is not None:
+            SPACES[self.space].validate(self.arch.arch())
         datasets, image = self.data.datasets, self.schedule.image_dataset
         if image is not None and (image not in datasets or not datasets[image].is_image):
             raise ValueError(f"schedule.image_dataset {image!r} is not an image dataset")
@@ -306,7 +345,16 @@ class VimnasSection(Section):
 
     @property
     def search_space(self) -> SearchSpace:
-        return SPACES[self.space]
+        """What is trained: the named space, or its one member `arch`."""
+        space = SPACES[self.space]
+        if self.arch is not None:
+            return SearchSpace.single(self.arch.arch(), space.head_dim)
+        return space
+
+    @property
+    def position_dim(self) -> int:
+        """Channels over which position frequencies spread: the named space's largest width."""
+        return SPACES[self.space].max_embed_dim
 
     @property
     def image_dataset(self) -> str | None:

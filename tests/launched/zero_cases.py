@@ -80,20 +80,9 @@ def snapshot(engine: Engine, fresh: bool = False) -> dict[str, dict[str, torch.T
 
 def build(bf16: bool, clipping: float = 0.0) -> Engine:
     config = config_for(bf16, clipping)
-    import vimnas_ds.train.engine as module
-
-    original = module.build_supernet
-
-    def randomised(config):
-        net = original(config)
-        randomise(net)
-        return net
-
-    module.build_supernet = randomised
-    try:
-        return build_engine(config, ranks)[0]
-    finally:
-        module.build_supernet = original
+    net = build_supernet(config)
+    randomise(net)
+    return build_engine(config, ranks, net)
 
 
 def sampled_only(bf16: bool) -> None:

@@ -12,6 +12,7 @@ from vimnas_ds.config import DataSection
 from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.catalog import Catalog, Sample, scan_dataset
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
+from vimnas_ds.data.prepare import View
 from vimnas_ds.data.splits import drop_overlap, split_catalog
 
 
@@ -98,8 +99,9 @@ class Loaders:
             )
         return self._training[key]
 
-    def evaluation(self, name: str, split: str, batch: int) -> EvalLoader:
-        """A fresh pass over a dataset's `select` or `test` split; the caller closes it."""
+    def evaluation(self, name: str, split: str, batch: int, view: View | None = None) -> EvalLoader:
+        """A fresh pass over a dataset's `select` or `test` split, seen from `view` (default: the
+        centre); the caller closes it."""
         return EvalLoader(
             name,
             self.data.section.datasets[name],
@@ -109,6 +111,7 @@ class Loaders:
             batch,
             self.device,
             self.pool,
+            view,
         )
 
     def substitutions(self) -> dict[str, dict[str, str]]:

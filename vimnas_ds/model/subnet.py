@@ -95,7 +95,8 @@ class SubNetwork(nn.Module):
         position_dim: int,
     ):
         super().__init__()
-        self.arch, self.geometry, self.position_dim = arch, geometry, position_dim
+        self.arch, self.geometry, self.options = arch, geometry, options
+        self.position_dim = position_dim
         self.tokens = _Tokens(geometry, arch.embed_dim)
         self.blocks = nn.Sequential(
             *(_Block(arch, i, head_dim, options) for i in range(arch.depth))

@@ -28,7 +28,11 @@ from vimnas_ds.tubes import TokenGeometry
 
 
 class Supernet(nn.Module):
-    """All sub-networks of `space` in one module. `num_classes` maps each dataset to its head."""
+    """All sub-networks of `space` in one module.
+
+    `num_classes` maps each dataset to its head. `position_dim` fixes the positions' frequencies
+    (default: the largest embed_dim); a single sub-network keeps its supernet's.
+    """
 
     blocks: Sequence[Block]
     heads: Mapping[str, EntangledLinear]
@@ -39,12 +43,14 @@ class Supernet(nn.Module):
         geometry: TokenGeometry,
         num_classes: Mapping[str, int],
         options: ModelOptions | None = None,
+        position_dim: int | None = None,
     ):
         super().__init__()
+        self.position_dim = position_dim or space.max_embed_dim
         self.space, self.geometry = space, geometry
         self.num_classes, self.options = dict(num_classes), options or ModelOptions()
         embed = Axis("embed", space.max_embed_dim)
-        self.tokens = Tokens(geometry, embed.size)
+        self.tokens = Tokens(geometry, embed.size, self.position_dim)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             Block(space, i, self.options) for i in range(space.max_depth)
         )
@@ -123,7 +129,7 @@ class Supernet(nn.Module):
             self.geometry,
             self.num_classes,
             self.options,
-            self.space.max_embed_dim,
+            self.position_dim,
         )
         own, layouts = dict(net.named_parameters()), self.layouts()
         for name, shared in self.named_parameters():

@@ -60,9 +60,9 @@ class Tokens(nn.Module):
 
     tubes: Sequence[EntangledLinear]
 
-    def __init__(self, geometry: TokenGeometry, embed_dim: int):
+    def __init__(self, geometry: TokenGeometry, embed_dim: int, position_dim: int):
         super().__init__()
-        self.geometry, self.embed_dim = geometry, embed_dim
+        self.geometry, self.position_dim = geometry, position_dim
         self.tubes = nn.ModuleList(  # type: ignore[assignment]
             EntangledLinear(
                 Axis("embed", embed_dim),
@@ -76,11 +76,11 @@ class Tokens(nn.Module):
         self._positions: dict[tuple[Size3, bool, torch.device], Tensor] = {}
 
     def positions(self, size: Size3, is_image: bool, device: torch.device) -> Tensor:
-        """(N, embed_dim) float32; a pure function of its arguments, computed once for each."""
+        """(N, position_dim) float32; a pure function of its arguments, computed once for each."""
         key = (size, is_image, device)
         if key not in self._positions:
             centres = token_centres(self.geometry, size, is_image)
-            self._positions[key] = sincos_positions(centres, self.embed_dim).to(device)
+            self._positions[key] = sincos_positions(centres, self.position_dim).to(device)
         return self._positions[key]
 
     def forward(self, x: Tensor, embed_dim: int, frozen: bool = False) -> Tensor:

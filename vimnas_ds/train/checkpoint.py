@@ -4,14 +4,16 @@ DeepSpeed writes into its final folder and moves `latest` before every shard is 
 checkpoint is written under a hidden name, flushed to disk, renamed, and only then named by
 `latest`. Beside DeepSpeed's shards (weights, fp32 masters, moments) it holds what DeepSpeed leaves
 out: update counts, alphas and their Adam, the data cursor, the RNG of all ranks, and the trained
-weights as plain safetensors for every tool that needs no optimiser.
+weights, alphas and the position as plain safetensors and JSON, for every tool that needs no engine.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from safetensors.torch import save_file
 
 from vimnas_ds.train.engine import Engine
 from vimnas_ds.train.ranks import Ranks, gather_objects
+from vimnas_ds.train.run_files import (
+    ALPHAS_FILE,
+    POSITION_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+)
 
 STATE_KEY = "vimnas"  # DeepSpeed keeps its own state in the same dictionary
-WEIGHTS_FILE = "supernet.safetensors"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message says which and why."""
 
 
 def _fsync(path: Path) -> None:
@@ -77,8 +80,10 @@ def save_checkpoint(
     )
     dist.barrier()  # every shard is written
     if ranks.is_main:
-        weights = {n: p.detach().cpu().contiguous() for n, p in engine.net.named_parameters()}
+        weights = _contiguous(dict(engine.net.named_parameters()))
         save_file(weights, str(root / hidden / WEIGHTS_FILE))
+        save_file(_contiguous(state["learner"]["alphas"]), str(root / hidden / ALPHAS_FILE))
+        (root / hidden / POSITION_FILE).write_text(json.dumps(state["position"], indent=2))
         for file in (root / hidden).iterdir():
             _fsync(file)
         shutil.rmtree(root / tag, ignore_errors=True)
@@ -92,29 +97,16 @@ def save_checkpoint(
     return root / tag
 
 
+def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
 def _write_latest(root: Path, tag: str) -> None:
     fresh = root / "latest.new"
     fresh.write_text(tag)
     _fsync(fresh)
     fresh.replace(root / "latest")
     _fsync(root)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the latest under it (a run or its folder).
-
-    Raises CheckpointError, saying what was looked for, when there is none.
-    """
-    if (path / WEIGHTS_FILE).is_file():
-        return path
-    for root in (path, path / "checkpoints"):
-        latest = root / "latest"
-        if latest.is_file():
-            found = root / Path(latest.read_text().strip()).name
-            if (found / WEIGHTS_FILE).is_file():
-                return found
-            raise CheckpointError(f"{latest} names {found.name}, which is not complete")
-    raise CheckpointError(f"no checkpoint at {path}: neither one itself nor a 'latest' file")
 
 
 def load_checkpoint(path: Path, engine: Engine, ranks: Ranks) -> dict[str, Any]:

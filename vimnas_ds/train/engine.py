@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.seeds import derive_seed
 from vimnas_ds.train.optimizer import SampledAdamW
 from vimnas_ds.train.ranks import Ranks
-from vimnas_ds.train.warm_start import warm_start
+from vimnas_ds.train.warm_start import inherit, warm_start
 
 
 def build_supernet(config: RunConfig) -> Supernet:
@@ -31,7 +30,13 @@ def build_supernet(config: RunConfig) -> Supernet:
     classes = {name: data.num_classes for name, data in section.data.datasets.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("weights", section.seed) % 2**63)
-        return Supernet(section.search_space, section.tokens.geometry(), classes, options)
+        return Supernet(
+            section.search_space,
+            section.tokens.geometry(),
+            classes,
+            options,
+            section.position_dim,
+        )
 
 
 @dataclass
@@ -55,13 +60,19 @@ class Engine:
         self.optimizer.deactivate()
 
 
-def build_engine(config: RunConfig, ranks: Ranks) -> tuple[Engine, list[str]]:
-    """Model and engine; the second value reports a warm start, line by line (else empty)."""
+def start_weights(net: Supernet, config: RunConfig) -> list[str]:
+    """Fill `net` as vimnas.model.init or .inherit say; returns a report, line by line."""
+    model = config.vimnas.model
+    if model.init is not None:
+        return warm_start(net, model.init)
+    return inherit(net, model.inherit) if model.inherit is not None else []
+
+
+def build_engine(config: RunConfig, ranks: Ranks, net: Supernet | None = None) -> Engine:
+    """The engine around `net`, or around a newly built supernet."""
     import deepspeed
 
-    net = build_supernet(config)
-    init: Path | None = config.vimnas.model.init
-    report = warm_start(net, init) if init is not None else []
+    net = net or build_supernet(config)
     grids = ParamGrids(net.layouts(), net.space)
     section = config.vimnas.optimizer
     optimizer = SampledAdamW(net.named_parameters(), grids, section.betas, section.eps)
@@ -71,4 +82,4 @@ def build_engine(config: RunConfig, ranks: Ranks) -> tuple[Engine, list[str]]:
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
     optimizer.bind_zero(engine)
     dtype = torch.bfloat16 if config.bf16(has_gpu) else torch.float32
-    return Engine(engine, engine.module, optimizer, dtype), report
+    return Engine(engine, engine.module, optimizer, dtype)

@@ -1,4 +1,7 @@
-"""The one evaluator: accuracy of any forward function on a split, summed over ranks.
+"""The one evaluator: outcomes of any forward function on a split, sample by sample.
+
+Training shares the samples among ranks and sums; the searches let every rank see all samples and
+share the candidates instead, so that a candidate's score does not depend on the number of ranks.
 
 Batches of a `select` split are decoded once and kept while they fit the memory allowed, so that
 repeated evaluations cost the network's time alone. Every sample counts once, whatever the world
@@ -27,6 +30,20 @@ class Score:
     top5: float
     loss: float
     count: int
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What happened to each sample, in the split's order: three float64 vectors of one length."""
+
+    top1: Tensor  #: 1 where the highest logit is the label
+    top5: Tensor  #: 1 where the label is among the five highest
+    loss: Tensor  #: cross-entropy
+
+    @property
+    def score(self) -> Score:
+        top1, top5, loss = (float(v.mean()) for v in (self.top1, self.top5, self.loss))
+        return Score(top1, top5, loss, len(self.loss))
 
 
 class Evaluator:
@@ -64,22 +81,33 @@ class Evaluator:
             self._kept[key] = kept
 
     @torch.no_grad()
-    def score(self, forward: Callable[[Tensor], Tensor], dataset: str, split: str) -> Score:
-        """Score `forward`, batch -> logits, on a split; the same value on every rank.
+    def outcomes(self, forward: Callable[[Tensor], Tensor], dataset: str, split: str) -> Outcomes:
+        """`forward`, batch -> logits, on this process's samples of a split.
 
         The caller puts the network into eval mode. Raises ValueError when no file was usable.
         """
-        totals = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
+        found = []
         for batch in self._batches(dataset, split):
             y = batch.y.to(self.ranks.device)
             logits = forward(batch.x.to(self.ranks.device, self.dtype)).float()
             best = logits.topk(min(5, logits.shape[1]), -1).indices == y[:, None]
-            totals[0] += best[:, 0].sum()
-            totals[1] += best.sum()
-            totals[2] += F.cross_entropy(logits, y, reduction="sum").double()
-            totals[3] += len(y)
-        sum_over_ranks(totals, self.ranks)
-        top1, top5, loss, count = totals.tolist()
+            loss = F.cross_entropy(logits, y, reduction="none")
+            found.append(torch.stack([best[:, 0], best.any(1), loss]).double())
+        if not found:
+            raise ValueError(f"{dataset}: no file of the {split} split could be read")
+        return Outcomes(*torch.cat(found, 1).cpu())
+
+    def score(self, forward: Callable[[Tensor], Tensor], dataset: str, split: str) -> Score:
+        """The score over all ranks' samples (each rank having its share); equal on every rank."""
+        if self.loaders.world_size == 1:
+            return self.outcomes(forward, dataset, split).score
+        try:
+            mine = self.outcomes(forward, dataset, split)
+            sums = [mine.top1.sum(), mine.top5.sum(), mine.loss.sum(), len(mine.loss)]
+        except ValueError:  # this rank's share is empty; the others' is not
+            sums = [0.0, 0.0, 0.0, 0.0]
+        totals = torch.tensor(sums, dtype=torch.float64, device=self.ranks.device)
+        top1, top5, loss, count = sum_over_ranks(totals, self.ranks).tolist()
         if count == 0:
             raise ValueError(f"{dataset}: no file of the {split} split could be read")
         return Score(top1 / count, top5 / count, loss / count, int(count))

@@ -19,17 +19,16 @@ from vimnas_ds.data.joint import JointData, Loaders
 from vimnas_ds.model.alphas import decisions
 from vimnas_ds.report.board import Board
 from vimnas_ds.report.console import Console
-from vimnas_ds.seeds import derive_seed
 from vimnas_ds.space import Arch
 from vimnas_ds.train.alpha_step import AlphaLearner
 from vimnas_ds.train.checkpoint import load_checkpoint, save_checkpoint
-from vimnas_ds.train.engine import build_engine
+from vimnas_ds.train.engine import build_engine, build_supernet, start_weights
 from vimnas_ds.train.evaluate import Evaluator, Score
 from vimnas_ds.train.meters import ChoiceCounts, Meters
-from vimnas_ds.train.objective import Objective, count_correct
-from vimnas_ds.train.ranks import Ranks, check_agreement
+from vimnas_ds.train.ranks import Ranks
 from vimnas_ds.train.run_files import RunFiles
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
+from vimnas_ds.train.step import WeightStepper
 from vimnas_ds.train.summary import write_summary
 
 
@@ -49,9 +48,12 @@ class Trainer:
         self.schedule = Schedule.build(config, data.sizes)
         self.micro_batch = config.micro_batch(ranks.world_size)
         config.micro_batch(ranks.world_size, config.alpha_batch)  # refuse before any work
-        self.engine, warm_report = build_engine(config, ranks)
+        net = build_supernet(config)
+        warm_report = start_weights(net, config) if checkpoint is None else []
+        self.engine = build_engine(config, ranks, net)
         space = section.search_space
         self.learner = AlphaLearner(space, section.alpha, section.seed, ranks)
+        self.learns_alphas = section.alpha.enabled and space.size() > 1
         self.choices = ChoiceCounts()
         self.skipped = self.skipped_in_a_row = 0
         position = self._resume(checkpoint) if checkpoint is not None else DataCursor()
@@ -65,13 +67,14 @@ class Trainer:
             section.log.eval_batch,
             section.data.cache_mb,
         )
-        self.objectives = {name: Objective(d) for name, d in section.data.datasets.items()}
+        self.stepper = WeightStepper(config, self.engine, self.loaders, ranks)
         self.meters = Meters(list(section.data.datasets), ranks)
         self.board = Board(self.files.tensorboard, position.step + 1, ranks.is_main)
         total = self.schedule.total_steps
         self.console = Console(total, position.step, self.files.log, ranks.is_main)
         self._unseen = set(section.data.datasets)  # datasets whose batch is still to be pictured
         self._named_bad: set[str] = set()
+        self._alpha_losses: dict[str, torch.Tensor] = {}  # the latest of each dataset
         for line in warm_report:
             self.console.say(line)
         if checkpoint is not None:
@@ -81,37 +84,20 @@ class Trainer:
 
     def train_step(self, context: StepContext) -> tuple[float, float]:
         """Weight step and alpha step; returns (seconds waited for data, learning rate)."""
-        section, name = self.section, context.dataset
-        loader = self.loaders.training(name, "train", self.config.global_batch)
-        loader.seek(context.batch_index)
-        started = time.perf_counter()
-        batch = loader.next()
-        waited = time.perf_counter() - started
-        what = f"step {context.step}, {name}, {context.archs[0]}"
-        check_agreement(context.fingerprint(), what, self.ranks)
-        # drop path and mixup depend on (seed, cursor, rank) alone, so a resumed run repeats them
-        seed = derive_seed("step", section.seed, context.cursor, self.ranks.rank)
-        torch.manual_seed(seed)
-        x = batch.x.to(self.ranks.device, self.engine.dtype)
-        y = batch.y.to(self.ranks.device)
-        if name in self._unseen:
+        name = context.dataset
+        lr = self.schedule.lr(context.step)
+        result = self.stepper.step(context, lr, keep_batch=name in self._unseen)
+        if self.stepper.latest is not None:
             self._unseen.discard(name)
             names = self.data.catalogs[name].class_names
-            self.board.contact_sheet(context.step + 1, name, x.float(), y, names)
-        objective = self.objectives[name]
-        x, targets = objective.mix(x, y, seed)
-        logits = self.engine.deepspeed(x, context.archs[0], name)
-        loss = objective.loss(logits, targets)
-        lr = self.schedule.lr(context.step)
-        decay = section.data.datasets[name].weight_decay
-        self.engine.optimizer.activate(context.activation, lr, decay)
-        self.engine.weight_step(loss)
+            self.board.contact_sheet(context.step + 1, name, *self.stepper.latest, names)
         if self.engine.was_applied:
-            self.meters.add(name, loss.detach(), count_correct(logits, y), len(y))
+            self.meters.add(name, result.loss, result.correct, result.count)
         self._guard(context)
         self.drawer.advance(context)
         self.choices.add(context.archs[0])
-        if section.alpha.enabled and context.step % section.alpha.every == 0:
+        waited = result.waited
+        if self.learns_alphas and context.step % self.section.alpha.every == 0:
             waited += self._alpha_step(context)
         return waited, lr
 
@@ -124,9 +110,7 @@ class Trainer:
         waited = time.perf_counter() - started
         x = batch.x.to(self.ranks.device, self.engine.dtype)
         y = batch.y.to(self.ranks.device)
-        loss = self.learner.step(self.engine.net, x, y, name)
-        if (context.step + 1) % self.section.log.every == 0:
-            self.board.alpha_step(context.step + 1, name, float(loss))
+        self._alpha_losses[name] = self.learner.step(self.engine.net, x, y, name)
         return waited
 
     def _guard(self, context: StepContext) -> None:
@@ -187,6 +171,9 @@ class Trainer:
         found = self.meters.take()
         for name, (loss, top1) in found.items():
             self.board.train_step(done, name, loss, top1, lr, rate, data_time, self.skipped)
+        for name, alpha_loss in self._alpha_losses.items():
+            self.board.alpha_step(done, name, float(alpha_loss))
+        self._alpha_losses.clear()
         loss, top1 = found.get(context.dataset, (float("nan"), float("nan")))
         self.console.step_line(
             done,
@@ -223,6 +210,8 @@ class Trainer:
             f"fixed{i}": space.sample(random.Random(f"{self.section.seed}/fixed/{i}"))
             for i in range(log.eval_subnets)
         }
+        if space.size() == 1:
+            return {"arch": space.largest()}
         return {"largest": space.largest(), "smallest": space.smallest(), **fixed}
 
     def score(self, arch: Arch, dataset: str, split: str) -> Score:
@@ -243,15 +232,13 @@ class Trainer:
                 scores[label] = self.score(arch, dataset, "select")
                 s = scores[label]
                 self.board.evaluation(done, dataset, label, s.loss, s.top1, s.top5)
-            parts.append(
-                f"{dataset} largest {scores['largest'].top1:.1%} "
-                f"smallest {scores['smallest'].top1:.1%}"
-            )
+            shown = (f"{k} {s.top1:.1%}" for k, s in scores.items() if "fixed" not in k)
+            parts.append(f"{dataset} {' '.join(shown)}")
         self.console.say(f"select at step {done}: " + "; ".join(parts))
 
     def summarise(self) -> dict[str, Any]:
         """Scores of largest and smallest on the test splits: read here, once, and nowhere else."""
-        picks = {k: a for k, a in self.subnets().items() if k in ("largest", "smallest")}
+        picks = {k: a for k, a in self.subnets().items() if "fixed" not in k}
         scores = {
             dataset: {label: self.score(arch, dataset, "test") for label, arch in picks.items()}
             for dataset in self.section.data.datasets
@@ -295,6 +282,7 @@ class Trainer:
         section = self.section
         return {
             "space": section.space,
+            "arch": section.arch and section.arch.model_dump(mode="json"),
             "seed": section.seed,
             "global batch": self.config.global_batch,
             "training files": self.data.sizes,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -25,35 +27,47 @@ class Ranks:
         return self.rank == 0
 
 
-def environment_world_size() -> int:
-    """Number of processes the launcher (deepspeed, torchrun) says it started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def has_gpu() -> bool:
+    """Whether work goes to a GPU: there is one and DS_ACCELERATOR does not say cpu."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
-def start_ranks(timeout_minutes: float = 10) -> Ranks:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. Works with no launcher, as one rank."""
-    import deepspeed
+def start_ranks(timeout_minutes: float = 10, engine: bool = True) -> Ranks:
+    """Join the process group: NCCL on GPUs, gloo on CPUs. Works with no launcher, as one rank.
 
+    `engine` is False for tools that use no DeepSpeed engine: they start without importing it, and
+    one process starts no group at all.
+    """
+    gpu, world_size = has_gpu(), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else _CPU
+    if gpu:
+        torch.cuda.set_device(device)
+    if not engine and world_size == 1:
+        return Ranks(0, 1, device)
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
-    has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if not has_gpu:
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    backend, timeout = "nccl" if gpu else "gloo", datetime.timedelta(minutes=timeout_minutes)
+    if not engine:
+        dist.init_process_group(backend, timeout=timeout)
+        return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    import deepspeed
+
+    if not gpu:
         # its shared-memory operator is for inference only and needs a compiler at start-up
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    local = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
-    if has_gpu:
-        torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if has_gpu else "gloo",
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        verbose=False,
-    )
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def use_cpu_threads(count: int | None, ranks: Ranks) -> None:
+    """On a CPU, give torch `count` threads, or this process's share of the cores."""
+    if ranks.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+        torch.set_num_threads(count or max(1, len(os.sched_getaffinity(0)) // local))
 
 
 def _free_port() -> int:

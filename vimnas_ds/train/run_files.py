@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from vimnas_ds.config import ConfigError, RunConfig
-from vimnas_ds.train.checkpoint import find_checkpoint
+
+#: plain files in a checkpoint, beside DeepSpeed's shards
+WEIGHTS_FILE = "supernet.safetensors"
+ALPHAS_FILE = "alphas.safetensors"
+POSITION_FILE = "position.json"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,23 @@ class RunFiles:
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.config, self.log, self.summary):
             file.unlink(missing_ok=True)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the latest under it (a run or its folder).
+
+    Raises CheckpointError, saying what was looked for, when there is none.
+    """
+    if (path / WEIGHTS_FILE).is_file():
+        return path
+    for root in (path, path / "checkpoints"):
+        latest = root / "latest"
+        if latest.is_file():
+            found = root / Path(latest.read_text().strip()).name
+            if (found / WEIGHTS_FILE).is_file():
+                return found
+            raise CheckpointError(f"{latest} names {found.name}, which is not complete")
+    raise CheckpointError(f"no checkpoint at {path}: neither one itself nor a 'latest' file")
 
 
 def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path | None:

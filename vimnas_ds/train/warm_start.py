@@ -1,5 +1,7 @@
-"""Warm start from a local timm ViT: the leading block of every weight that has a counterpart.
+"""Starting weights from elsewhere: a local timm ViT, or a supernet of this project.
 
+`warm_start` takes from a timm ViT the leading block of every weight that has a
+counterpart.
 timm's qkv rows are q, k, v one after the other, as ours are, so head prefixes stay in their roles.
 A 2-D patch embedding becomes the image tube's weight. Positions are fixed here, and class tokens,
 heads and position embeddings are not taken. Files load with safetensors or `weights_only=True`.
@@ -11,10 +13,12 @@ import pickle
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vimnas_ds.config import ConfigError
 from vimnas_ds.model.supernet import Supernet
+from vimnas_ds.train.run_files import WEIGHTS_FILE, find_checkpoint
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -23,8 +27,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"vimnas.model.init: there is no file {path}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             state = load_file(str(path))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -82,6 +84,39 @@ def warm_start(net: Supernet, path: Path) -> list[str]:
         f"{' ...' * (len(unused) > 6)}",
         f"  initial values kept: {', '.join(missing[:6]) or 'none'}{' ...' * (len(missing) > 6)}",
     ]
+
+
+@torch.no_grad()
+def inherit(net: Supernet, source: Path) -> list[str]:
+    """Fill `net` (a sub-network's, or the whole space's) from a supernet checkpoint.
+
+    `net` takes the leading block of every parameter: the sub-network's own, if `net` is a
+    `SearchSpace.single`. Raises ConfigError when the supernet is another one.
+    """
+    path = find_checkpoint(source)
+    state = load_file(str(path / WEIGHTS_FILE))
+    taken, kept = 0, []
+    for name, own in net.named_parameters():
+        groups = 3 if ".qkv." in name else 1
+        if name not in state:
+            kept.append(name)
+            continue
+        given = state[name].float()
+        given = given.view(groups, given.shape[0] // groups, *given.shape[1:])
+        target = own.view(groups, own.shape[0] // groups, *own.shape[1:])
+        if given.ndim != target.ndim or any(
+            a < b for a, b in zip(given.shape, target.shape, strict=True)
+        ):
+            raise ConfigError(
+                f"vimnas.model.inherit: {name} is {tuple(own.shape)} here and only "
+                f"{tuple(state[name].shape)} in {path}: its supernet does not contain this network"
+            )
+        target.copy_(given[tuple(slice(0, n) for n in target.shape)])
+        taken += 1
+    if not taken:
+        raise ConfigError(f"vimnas.model.inherit: nothing in {path} fits")
+    left = f"; initial values kept: {', '.join(kept)}" if kept else ""
+    return [f"inherited {taken} parameters from {path}{left}"]
 
 
 def _as_block(given: Tensor, shape: tuple[int, ...]) -> Tensor | None:

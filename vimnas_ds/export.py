@@ -1,0 +1,109 @@
+"""A chosen sub-network as a folder that stands alone.
+
+    model.safetensors   the sliced weights (float32)
+    arch.json           architecture, token geometry, switches, classes per dataset
+    labels.json         class names per dataset, by label
+    preprocess.json     how an input becomes the network's tensor, per dataset
+
+`load_subnet` needs torch, safetensors and einops: no DeepSpeed, no DALI, no code from the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.subnet import SubNetwork
+from vimnas_ds.space import Arch
+from vimnas_ds.tubes import TokenGeometry, Tube
+
+FORMAT = "vimnas_ds sub-network 1"
+#: ImageNet's channel statistics, in [0, 1]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ExportError(ValueError):
+    """A folder that is not a usable export; the message says what is wrong."""
+
+
+def export_subnet(
+    net: SubNetwork,
+    folder: Path,
+    head_dim: int,
+    labels: Mapping[str, Sequence[str]],
+    preprocess: Mapping[str, Mapping[str, Any]],
+    source: Mapping[str, Any],
+) -> None:
+    """Write `net` to `folder` (made if absent; an export already there is replaced).
+
+    `preprocess[dataset]` has size, resize, frames and fps (null for images); `source` is kept as a
+    note of where the weights came from.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {n: p.detach().float().cpu().contiguous() for n, p in net.named_parameters()}
+    save_file(weights, str(folder / "model.safetensors"))
+    arch: dict[str, Any] = {
+        "format": FORMAT,
+        "arch": json.loads(net.arch.to_json()),
+        "head_dim": head_dim,
+        "position_dim": net.position_dim,
+        "image_tube": net.geometry.image_tube,
+        "tubes": [asdict(t) for t in net.geometry.tubes],
+        "qk_norm": net.options.qk_norm,
+        "layer_scale": net.options.layer_scale is not None,
+        "num_classes": {name: head.out_features for name, head in net.heads.items()},
+        "source": dict(source),
+    }
+    named = {
+        name: [*names, *(f"class {i}" for i in range(len(names), arch["num_classes"][name]))]
+        for name, names in labels.items()
+    }
+    steps = {name: {**p, "mean": MEAN, "std": STD} for name, p in preprocess.items()}
+    for file, content in (("arch", arch), ("labels", named), ("preprocess", steps)):
+        (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """One of the export's JSON files. Raises ExportError in words."""
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as err:
+        raise ExportError(f"{folder} is not an exported sub-network: {name}: {err}") from err
+
+
+def load_subnet(folder: str | Path) -> SubNetwork:
+    """The exported module, in eval mode: `net(x, dataset)` -> logits.
+
+    x is (B, 3, H, W) or (B, 3, T, H, W), normalised as preprocess.json says.
+    Raises ExportError when the folder is not an export or does not fit together.
+    """
+    folder = Path(folder)
+    about = read_json(folder, "arch.json")
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ExportError(f"{folder}: arch.json is not of the format {FORMAT!r}")
+    try:
+        arch = Arch.from_json(about["arch"])
+        tubes = tuple(
+            Tube(tuple(t["kernel"]), tuple(t["stride"]), tuple(t["offset"])) for t in about["tubes"]
+        )
+        options = ModelOptions(
+            qk_norm=about["qk_norm"], layer_scale=1.0 if about["layer_scale"] else None
+        )
+        net = SubNetwork(
+            arch,
+            about["head_dim"],
+            TokenGeometry(tubes, about["image_tube"]),
+            about["num_classes"],
+            options,
+            about["position_dim"],
+        )
+        net.load_state_dict(load_file(str(folder / "model.safetensors")))
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as err:
+        raise ExportError(f"{folder}: arch.json and model.safetensors do not fit: {err}") from err
+    return net.eval()

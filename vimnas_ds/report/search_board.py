@@ -1,0 +1,81 @@
+"""TensorBoard of the searches: drops per decision, generations, every candidate against its size.
+
+Written under the run's own tensorboard folder, one subfolder a search, replaced by the next one of
+its kind: `tensorboard --logdir RUN/tensorboard` shows training and searches side by side.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch.utils.tensorboard import SummaryWriter
+
+from vimnas_ds.report.pictures import render
+
+
+def drops_figure(drops: Sequence[tuple[str, Mapping[float, float], float]]) -> Figure:
+    """Rows: decisions in the order made, (name, accuracy drop by choice, choice kept); the drop in
+    points in each cell, the kept choice framed."""
+    widest = max(len(d) for _, d, _ in drops)
+    most = max(abs(v) for _, d, _ in drops for v in d.values()) or 1.0
+    height = max(2.5, 0.9 + 0.32 * len(drops))
+    figure = Figure(figsize=(3.2 + 1.1 * widest, height), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    grid = [[*d.values(), *[math.nan] * (widest - len(d))] for _, d, _ in drops]
+    image = axes.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    for row, (_, drop, kept) in enumerate(drops):
+        for column, (choice, value) in enumerate(drop.items()):
+            text = f"{choice:g}: {100 * value:+.2f}"
+            weight = "bold" if choice == kept else "normal"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, weight=weight)
+            if choice == kept:
+                corner = (column - 0.48, row - 0.46)
+                axes.add_patch(Rectangle(corner, 0.96, 0.92, fill=False, linewidth=1.6))
+    axes.set_yticks(range(len(drops)), [name for name, _, _ in drops], fontsize=8)
+    axes.set_xticks([])
+    axes.set_title("accuracy lost without a choice (points); framed: kept", fontsize=10)
+    figure.colorbar(image, ax=axes, label="drop", shrink=0.8)
+    return figure
+
+
+def candidates_figure(
+    params: Sequence[float], accuracies: Sequence[float], best: int, title: str
+) -> Figure:
+    """Every candidate's accuracy against its parameters; `best` (an index) is marked."""
+    figure = Figure(figsize=(5.2, 3.6), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.scatter(params, [100 * a for a in accuracies], s=18, color="#4477aa", alpha=0.7)
+    axes.scatter([params[best]], [100 * accuracies[best]], s=70, facecolors="none", edgecolors="r")
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("mean top-1 on select (%)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+class SearchBoard:
+    """Event files of one search; does nothing where `enabled` is false."""
+
+    def __init__(self, folder: Path, enabled: bool):
+        self._writer: SummaryWriter | None = None
+        if enabled:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._writer = SummaryWriter(str(folder))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        if self._writer is not None:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def figure(self, tag: str, figure: Figure, step: int = 0) -> None:
+        if self._writer is not None:
+            self._writer.add_image(tag, render(figure), step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

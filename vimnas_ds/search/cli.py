@@ -1,0 +1,93 @@
+"""What the search scripts share: common arguments, start-up, errors in words, progress."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from vimnas_ds.config import ConfigError
+from vimnas_ds.data.bad import TooManyBadFiles
+from vimnas_ds.search.run import SearchRun
+
+
+def build_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with what every search script takes."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="a run's folder or one checkpoint; default: the latest run under runs/",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key of the run's configuration, e.g. a data root",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+    return parser
+
+
+def add_search_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Arguments of a search over sub-networks."""
+    parser.add_argument(
+        "--datasets",
+        nargs="+",
+        metavar="NAME",
+        help="datasets whose mean accuracy counts; default: all of the run",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"where results go; default: RUN/{folder}"
+    )
+
+
+def choose_datasets(run: SearchRun, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The named datasets, all by default. Raises ConfigError for one the run does not have."""
+    for name in names or ():
+        if name not in run.datasets:
+            raise ConfigError(f"--datasets {name}: this run has {', '.join(run.datasets)}")
+    return tuple(names) if names else run.datasets
+
+
+class Progress:
+    """A progress bar with ETA on stderr, on rank 0; call it after each unit of work."""
+
+    def __init__(self, total: int, what: str, units: int, enabled: bool):
+        self._bar = tqdm(
+            total=total, desc=what, disable=not enabled, mininterval=0.5, dynamic_ncols=True
+        )
+        self._units = units  # ranks work in step: each call of rank 0 stands for that many
+
+    def __call__(self) -> None:
+        self._bar.update(min(self._units, max((self._bar.total or 0) - self._bar.n, 0)))
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def run_script(body: Callable[[], int]) -> int:
+    """Run a script's body; what a user can mend is said on stderr, without a traceback.
+
+    Exit codes: the body's own, 2 for a configuration, checkpoint or data that cannot be used.
+    """
+    try:
+        return body()
+    except (ConfigError, ValueError) as err:
+        if os.environ.get("RANK", "0") == "0":
+            what = "stopped" if isinstance(err, TooManyBadFiles) else "cannot run"
+            print(f"{what}: {err}", file=sys.stderr)  # noqa: T201
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,170 @@
+"""Evolution under resource constraints (the supplement's Algorithm 2, AutoFormer's values).
+
+A generation is the children of the best K found so far: crossover picks each layer's block, and
+the embed_dim, from either parent, also across different depths; mutation changes depth and (ours)
+embed_dim with P_d and each block with P_m. Every child is checked against the constraints before
+it is evaluated, and no candidate is evaluated twice. All loops are bounded.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vimnas_ds.search.constraints import Constraints
+from vimnas_ds.search.scoring import ArchScorer
+from vimnas_ds.space import Arch, SearchSpace
+
+
+@dataclass(frozen=True)
+class EvolutionOptions:
+    """AutoFormer's values; the supplement gives none."""
+
+    population: int = 50
+    generations: int = 20
+    top_k: int = 10
+    crossovers: int = 25
+    mutations: int = 25
+    depth_probability: float = 0.4
+    block_probability: float = 0.2
+    attempts: int = 100  #: draws per child before it is given up
+
+    def __post_init__(self) -> None:
+        for name in ("population", "generations", "top_k", "attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("depth_probability", "block_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation as evaluated: `best` is the best found so far, `accuracies` its members'."""
+
+    number: int
+    members: tuple[Arch, ...]
+    accuracies: tuple[float, ...]
+    best: Arch
+    best_accuracy: float
+
+
+def crossover(a: Arch, b: Arch, space: SearchSpace, rng: random.Random) -> Arch:
+    """A child of two parents; its depth is one parent's, and a layer only one parent has is that
+    parent's (a layer neither has cannot occur)."""
+    depth = rng.choice((a.depth, b.depth))
+    heads, ratios = [], []
+    for layer in range(depth):
+        parent = rng.choice([p for p in (a, b) if layer < p.depth])
+        heads.append(parent.num_heads[layer])
+        ratios.append(parent.mlp_ratio[layer])
+    child = Arch(rng.choice((a.embed_dim, b.embed_dim)), depth, tuple(heads), tuple(ratios))
+    assert child in space
+    return child
+
+
+def mutate(arch: Arch, space: SearchSpace, options: EvolutionOptions, rng: random.Random) -> Arch:
+    """A mutant; layers gained by a new depth are drawn at random."""
+    depth, embed_dim = arch.depth, arch.embed_dim
+    if rng.random() < options.depth_probability:
+        depth = rng.choice(space.depth)
+    if rng.random() < options.depth_probability:
+        embed_dim = rng.choice(space.embed_dim)
+    heads, ratios = [], []
+    for layer in range(depth):
+        if layer >= arch.depth or rng.random() < options.block_probability:
+            heads.append(rng.choice(space.num_heads[layer]))
+            ratios.append(rng.choice(space.mlp_ratio[layer]))
+        else:
+            heads.append(arch.num_heads[layer])
+            ratios.append(arch.mlp_ratio[layer])
+    return Arch(embed_dim, depth, tuple(heads), tuple(ratios))
+
+
+class Evolution:
+    """Algorithm 2 on a scorer; the same on any number of ranks for one seed."""
+
+    def __init__(
+        self, scorer: ArchScorer, constraints: Constraints, options: EvolutionOptions, seed: int
+    ):
+        self.scorer, self.constraints, self.options = scorer, constraints, options
+        self.space = constraints.space
+        self.rng = random.Random(f"{seed}/evolution")
+
+    def generations(self, progress: Callable[[], None]) -> Iterator[Generation]:
+        """Evaluate and yield `options.generations` generations; `progress` after each candidate.
+
+        Stops early when no new child can be found (a small or tightly constrained space).
+        """
+        members = self._first()
+        for number in range(self.options.generations):
+            self.scorer.score_all(f"generation {number}", members, progress)
+            ranked = self.ranked()
+            scores = self.scorer.scores
+            yield Generation(
+                number,
+                tuple(members),
+                tuple(scores[m].accuracy for m in members),
+                ranked[0],
+                scores[ranked[0]].accuracy,
+            )
+            members = self._children(ranked[: self.options.top_k])
+            if not members:
+                return
+
+    def ranked(self) -> list[Arch]:
+        """All allowed candidates evaluated so far, best first; ties by fewer parameters."""
+        found = [a for a in self.scorer.scores if self.constraints.allow(a)]
+
+        def key(arch: Arch) -> tuple[float, float, int]:
+            accuracy, loss = self.scorer.scores[arch].rank_key
+            return -accuracy, -loss, max(p for p, _ in self.scorer.costs(arch).values())
+
+        return sorted(found, key=key)
+
+    def _first(self) -> list[Arch]:
+        found: dict[Arch, None] = {}
+        for _ in range(self.options.population * self.options.attempts):
+            found.setdefault(self.constraints.sample(self.rng))
+            if len(found) == self.options.population:
+                break
+        return list(found)
+
+    def _children(self, parents: list[Arch]) -> list[Arch]:
+        children: dict[Arch, None] = {}
+
+        def breed(count: int, make: Callable[[], Arch]) -> None:
+            wanted = len(children) + count
+            for _ in range(count * self.options.attempts):
+                if len(children) == wanted:
+                    return
+                child = make()
+                known = child in self.scorer.scores or child in children
+                if not known and self.constraints.allow(child):
+                    children[child] = None
+
+        rng = self.rng
+        breed(
+            self.options.crossovers,
+            lambda: crossover(rng.choice(parents), rng.choice(parents), self.space, rng),
+        )
+        breed(
+            self.options.mutations,
+            lambda: mutate(rng.choice(parents), self.space, self.options, rng),
+        )
+        return list(children)
+
+
+def random_of_same_size(
+    constraints: Constraints, count: int, exclude: Arch, rng: random.Random
+) -> list[Arch]:
+    """Up to `count` different random members inside the constraints (the controls)."""
+    found: dict[Arch, None] = {}
+    for _ in range(count * 100):
+        arch = constraints.sample(rng)
+        if arch != exclude:
+            found.setdefault(arch)
+        if len(found) == count:
+            break
+    return list(found)

@@ -1,0 +1,234 @@
+"""Selection by perturbation (DARTS-PT on the trained supernet; the supplement's Appendix B).
+
+For each decision in turn: remove each choice still open, renormalise the probabilities over what
+remains (nested weights would otherwise only change scale), and evaluate the superposed network on
+the `select` splits. The choice whose removal costs the most accuracy is kept and the decision
+becomes certain; ties go by loss. Rule "eliminate" instead drops the choice whose removal costs
+least, until one is left (Algorithm 1's last line read as backward elimination).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vimnas_ds.model.alphas import decisions
+from vimnas_ds.search.run import SearchRun
+from vimnas_ds.search.scoring import EvaluationLog, Scored, paired_difference, score_forward
+from vimnas_ds.space import Arch, SearchSpace
+
+Rule = Literal["keep", "eliminate"]
+Order = Literal["as_listed", "from_the_input", "random"]
+
+
+class OpenChoices:
+    """Which choices of every decision are still open, and the probabilities over them."""
+
+    def __init__(self, space: SearchSpace, alphas: Mapping[str, Tensor] | None):
+        self.space, self.choices = space, decisions(space)
+        self.open = {name: list(range(len(c))) for name, c in self.choices.items()}
+        self._base = {
+            name: torch.zeros(len(c)) if alphas is None else alphas[name].float().cpu()
+            for name, c in self.choices.items()
+        }
+
+    def probabilities(self, without: tuple[str, int] | None = None) -> dict[str, Tensor]:
+        """softmax over the open choices, renormalised, optionally with one more removed."""
+        found = {}
+        for name, base in self._base.items():
+            masked = torch.full_like(base, -torch.inf)
+            kept = [i for i in self.open[name] if (name, i) != without]
+            if not kept:
+                raise ValueError(f"{name}: its last open choice cannot be removed")
+            masked[kept] = base[kept]
+            found[name] = masked.softmax(0)
+        return found
+
+    def decide(self, name: str, choice: int) -> None:
+        """Make a decision certain."""
+        self.open[name] = [choice]
+
+    def eliminate(self, name: str, choice: int) -> None:
+        self.open[name].remove(choice)
+
+    def value(self, name: str) -> float:
+        """The choice of a decision that is made."""
+        (choice,) = self.open[name]
+        return self.choices[name][choice]
+
+    def is_idle(self, name: str) -> bool:
+        """Whether the decision is of a layer beyond every depth still open."""
+        if "[" not in name:
+            return False
+        layer = int(name[name.index("[") + 1 : -1])
+        return layer >= max(self.space.depth[i] for i in self.open["depth"])
+
+    def arch(self) -> Arch:
+        """The architecture, once every decision (of the layers it has) is made."""
+        depth = int(self.value("depth"))
+        return Arch(
+            int(self.value("embed_dim")),
+            depth,
+            tuple(int(self.value(f"num_heads[{i}]")) for i in range(depth)),
+            tuple(self.value(f"mlp_ratio[{i}]") for i in range(depth)),
+        )
+
+    def restricted_space(self) -> SearchSpace:
+        """The space that is left, for tuning between decisions."""
+        space = self.space
+
+        def left(name: str, choices: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(choices[i] for i in self.open[name])
+
+        depth = left("depth", space.depth)
+        layers = range(max(depth))
+        return SearchSpace(
+            space.name,
+            left("embed_dim", space.embed_dim),
+            depth,
+            tuple(left(f"num_heads[{i}]", space.num_heads[i]) for i in layers),
+            tuple(left(f"mlp_ratio[{i}]", space.mlp_ratio[i]) for i in layers),
+            space.head_dim,
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision as it was made. `accuracy[c]` is the accuracy without choice c; `drop` that of
+    the network before, minus it. `margin`: the runner-up's accuracy without it, minus the kept
+    one's (the kept choice is missed more), with its paired standard error."""
+
+    name: str
+    kept: float
+    accuracy_before: float
+    accuracy: dict[float, float]
+    loss: dict[float, float]
+    margin: float
+    margin_se: float
+    by_loss: bool  #: the accuracies tied, the loss decided
+
+    @property
+    def drop(self) -> dict[float, float]:
+        return {c: self.accuracy_before - a for c, a in self.accuracy.items()}
+
+    @property
+    def in_noise(self) -> bool:
+        """Whether the margin is below two of its standard errors."""
+        return self.margin <= 2 * self.margin_se
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "decision": self.name,
+            "kept": self.kept,
+            "accuracy_before": self.accuracy_before,
+            "accuracy_without": {f"{c:g}": a for c, a in self.accuracy.items()},
+            "loss_without": {f"{c:g}": v for c, v in self.loss.items()},
+            "drop": {f"{c:g}": d for c, d in self.drop.items()},
+            "margin": self.margin,
+            "margin_se": self.margin_se,
+            "in_noise": self.in_noise,
+            "by_loss": self.by_loss,
+        }
+
+
+@dataclass
+class PerturbationSearch:
+    """Makes all decisions of a run's space, one after the other.
+
+    `alphas` None: fixed uniform (DARTS-PT found it as good as learned). `tune`, if given, trains
+    the supernet on the space that is left, between decisions.
+    """
+
+    run: SearchRun
+    log: EvaluationLog
+    datasets: Sequence[str]
+    alphas: Mapping[str, Tensor] | None
+    rule: Rule = "keep"
+    order: Order = "as_listed"
+    seed: int = 0
+    tune: Callable[[SearchSpace], None] | None = None
+    state: OpenChoices = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = OpenChoices(self.run.net.space, self.alphas)
+
+    def ordered(self) -> list[str]:
+        """Decision names in the order in which they are made."""
+        names = list(self.state.choices)
+        if self.order == "from_the_input":  # embed_dim, the layers upwards, depth last
+            names.remove("depth")
+            names.append("depth")
+        elif self.order == "random":
+            random.Random(f"{self.seed}/order").shuffle(names)
+        return names
+
+    def num_evaluations(self) -> int:
+        """How many evaluations the search needs at most."""
+        sizes = [len(c) for c in self.state.choices.values()]
+        if self.rule == "keep":
+            return sum(n + 1 for n in sizes if n > 1)
+        return sum(n * (n + 1) // 2 for n in sizes if n > 1)
+
+    def decide_all(self, progress: Callable[[], None]) -> Iterator[Decision]:
+        """Yield every decision as it is made; `progress` is called after each evaluation."""
+        for name in self.ordered():
+            if len(self.state.open[name]) > 1 and not self.state.is_idle(name):
+                yield self._decide(name, progress)
+                if self.tune is not None:
+                    self.tune(self.state.restricted_space())
+
+    def _decide(self, name: str, progress: Callable[[], None]) -> Decision:
+        state, choices = self.state, self.state.choices[name]
+        first: dict[int, Scored] = {}
+        before = 0.0
+        while len(state.open[name]) > 1:
+            options: list[int | None] = [None, *state.open[name]] if not first else []
+            options = options or list(state.open[name])
+            scored = self._score(name, options, progress)
+            if not first:
+                before = scored.pop(0).accuracy
+                first = dict(zip(state.open[name], scored, strict=True))
+            # removing the best choice leaves the worst network
+            ranked = sorted(zip(state.open[name], scored, strict=True), key=lambda p: p[1].rank_key)
+            if self.rule == "keep" or len(ranked) == 2:
+                state.decide(name, ranked[0][0])
+                kept, runner_up = ranked[0][1], ranked[1][1]
+            else:
+                state.eliminate(name, ranked[-1][0])
+        margin, error = paired_difference(runner_up, kept)
+        return Decision(
+            name,
+            state.value(name),
+            before,
+            {choices[i]: s.accuracy for i, s in first.items()},
+            {choices[i]: s.loss for i, s in first.items()},
+            margin,
+            error,
+            kept.rank_key[0] == runner_up.rank_key[0],
+        )
+
+    def _score(
+        self, name: str, options: Sequence[int | None], progress: Callable[[], None]
+    ) -> list[Scored]:
+        """Scores without each option (None: with all that is open), shared among the ranks."""
+        net, device = self.run.net, self.run.ranks.device
+
+        def evaluate(option: int | None) -> Scored:
+            without = None if option is None else (name, option)
+            p = {k: v.to(device) for k, v in self.state.probabilities(without).items()}
+            scored = score_forward(
+                self.run, self.datasets, lambda x, dataset: net.superposed(x, p, dataset)
+            )
+            progress()
+            return scored
+
+        found = self.run.map_over_ranks(evaluate, options)
+        for option, scored in zip(options, found, strict=True):
+            gone = "nothing" if option is None else f"{self.state.choices[name][option]:g}"
+            self.log.add(name, f"without {gone}", scored, {})
+        return found

@@ -1,0 +1,69 @@
+"""One weight step: fetch the drawn batch, agree, forward, backward, update the sampled blocks.
+
+Used by training and by tuning between search decisions, so both do the same thing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vimnas_ds.config import RunConfig
+from vimnas_ds.data.joint import Loaders
+from vimnas_ds.seeds import derive_seed
+from vimnas_ds.train.engine import Engine
+from vimnas_ds.train.objective import Objective, count_correct
+from vimnas_ds.train.ranks import Ranks, check_agreement
+from vimnas_ds.train.schedule import StepContext
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """This rank's share of one step; the tensors stay on the device."""
+
+    loss: Tensor  #: mean over the rank's samples, detached
+    correct: Tensor  #: how many of them the network got right (before any mixing of labels)
+    count: int
+    waited: float  #: seconds until the batch was there
+
+
+class WeightStepper:
+    """Does weight steps with one engine."""
+
+    def __init__(self, config: RunConfig, engine: Engine, loaders: Loaders, ranks: Ranks):
+        self.config, self.engine, self.loaders, self.ranks = config, engine, loaders, ranks
+        self._sections = config.vimnas.data.datasets
+        self._objectives = {name: Objective(d) for name, d in self._sections.items()}
+        #: the batch of the latest step as the network saw it before mixing: (x, y)
+        self.latest: tuple[Tensor, Tensor] | None = None
+
+    def step(self, context: StepContext, lr: float, keep_batch: bool = False) -> StepResult:
+        """One optimiser step on all ranks. `keep_batch` leaves a copy of the batch in `latest`.
+
+        Raises RanksDisagree before the forward pass if ranks drew different things.
+        """
+        name, arch = context.dataset, context.archs[0]
+        loader = self.loaders.training(name, "train", self.config.global_batch)
+        loader.seek(context.batch_index)
+        started = time.perf_counter()
+        batch = loader.next()
+        waited = time.perf_counter() - started
+        what = f"step {context.step}, {name}, {arch}"
+        check_agreement(context.fingerprint(), what, self.ranks)
+        # drop path and mixup depend on (seed, cursor, rank) alone, so a resumed run repeats them
+        seed = derive_seed("step", self.config.vimnas.seed, context.cursor, self.ranks.rank)
+        torch.manual_seed(seed)
+        x = batch.x.to(self.ranks.device, self.engine.dtype)
+        y = batch.y.to(self.ranks.device)
+        self.latest = (x.float().clone(), y) if keep_batch else None
+        objective = self._objectives[name]
+        x, targets = objective.mix(x, y, seed)
+        logits = self.engine.deepspeed(x, arch, name)
+        loss = objective.loss(logits, targets)
+        decay = self._sections[name].weight_decay
+        self.engine.optimizer.activate(context.activation, lr, decay)
+        self.engine.weight_step(loss)
+        return StepResult(loss.detach(), count_correct(logits, y), len(y), waited)
