@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    if make_demo_data.main(["--out", "runs/demo_data"]):
+    if make_demo_data.main(["--out", "runs/demo_data", "--force"]):
         return 2
     train(args.ranks)
     run = Path("runs/demo")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,10 +10,11 @@ import torch
 
 from vimnas_ds.config import DataSection
 from vimnas_ds.data.bad import DataMissing
-from vimnas_ds.data.catalog import Catalog, Sample, scan_dataset
+from vimnas_ds.data.catalog import Catalog, scan_dataset
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.prepare import View
-from vimnas_ds.data.splits import drop_overlap, split_catalog
+from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog
+from vimnas_ds.processes import cores_per_process
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,23 @@ class JointData:
 
     section: DataSection
     catalogs: dict[str, Catalog]
-    splits: dict[str, dict[str, list[Sample]]]
+    splits: dict[str, Splits]
     dropped: dict[str, int]
 
     @property
     def sizes(self) -> dict[str, int]:
         """Training files per dataset, after hold-out and de-duplication: the sampling weights."""
         return {name: len(parts["train"]) for name, parts in self.splits.items()}
+
+    def fingerprint(self) -> int:
+        """63 bits of every split's file list: ranks, and a resumed run, must agree on it."""
+        digest = hashlib.sha256()
+        for name in sorted(self.splits):
+            for split, samples in sorted(self.splits[name].items()):
+                digest.update(f"{name}/{split}/{len(samples)}\n".encode())
+                for sample in samples:
+                    digest.update(f"{sample.label} {sample.path}\n".encode("utf-8", "replace"))
+        return int.from_bytes(digest.digest()[:8], "big") >> 1
 
     def describe(self) -> list[str]:
         """One line per dataset: classes, files per split, what is missing or was dropped."""
@@ -40,7 +51,7 @@ class JointData:
                 shown = ", ".join(catalog.missing_names)
                 line += f"; {catalog.missing} listed files are not on disk (first: {shown})"
             if self.dropped[name]:
-                line += f"; {self.dropped[name]} training videos dropped: tested on elsewhere"
+                line += f"; {self.dropped[name]} videos dropped: held out or tested on elsewhere"
             lines.append(line)
         return lines
 
@@ -59,8 +70,9 @@ def open_datasets(section: DataSection) -> JointData:
             missing.append(str(error))
     if missing:
         raise DataMissing("\n".join(missing))
-    catalogs, dropped = drop_overlap(catalogs)
-    splits = {name: split_catalog(c, section.held_out) for name, c in catalogs.items()}
+    splits, dropped = drop_overlap(
+        {name: split_catalog(c, section.held_out) for name, c in catalogs.items()}
+    )
     return JointData(section, catalogs, splits, dropped)
 
 
@@ -72,9 +84,7 @@ class Loaders:
     ):
         self.data, self.seed = data, seed
         self.rank, self.world_size, self.device = rank, world_size, device
-        cores = len(os.sched_getaffinity(0))
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        self.workers = data.section.workers or max(1, min(16, cores // local))
+        self.workers = data.section.workers or min(16, cores_per_process(world_size))
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         self._training: dict[tuple[str, str], TrainLoader] = {}
 
@@ -96,6 +106,7 @@ class Loaders:
                 self.pool,
                 section.prefetch,
                 section.max_bad_share,
+                self.workers,
             )
         return self._training[key]
 
@@ -112,6 +123,7 @@ class Loaders:
             self.device,
             self.pool,
             view,
+            threads=self.workers,
         )
 
     def substitutions(self) -> dict[str, dict[str, str]]:

@@ -212,13 +212,13 @@ class Graph:
             for name in feeds[0]:
                 self._pipeline.feed_input(name, [feed[name] for feed in feeds])
             (output,) = self._pipeline.run()
-            batch = torch.from_dlpack(output.as_tensor()).clone()
-            if batch.is_cuda:  # the pipeline's memory is reused by the next run
-                torch.cuda.current_stream(batch.device).synchronize()
-            return batch
         except (RuntimeError, ValueError, TypeError, IndexError) as error:  # DALI raises them all
             self.close()
             raise GraphError(str(error).strip()) from error
+        batch = torch.from_dlpack(output.as_tensor()).clone()
+        if batch.is_cuda:  # the pipeline's memory is reused by the next run
+            torch.cuda.current_stream(batch.device).synchronize()
+        return batch
 
     def close(self) -> None:
         """Frees the pipeline and its threads."""

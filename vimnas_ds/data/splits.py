@@ -9,8 +9,9 @@ ranks become `alpha`, the last ones `select`, what lies between is trained on:
 A file's place thus depends on nothing but its rank in its class: a file added later moves at most
 one neighbour over each border and never swaps a file between `alpha` and `select`.
 
-Kinetics-400 and -600 share videos. A training clip whose YouTube id is in a test list of another
-dataset would leak it, and `drop_overlap` removes it.
+Kinetics-400 and -600 share videos. A file named like Kinetics is ranked by its YouTube id, and
+`drop_overlap` keeps every id out of what is trained on wherever it is held out or tested on, in any
+dataset: an id stays in the most protected split it is in (test, select, alpha, train).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
 
 from vimnas_ds.data.catalog import Catalog, Sample
 
@@ -73,22 +73,32 @@ def _shares(count: int, held_out: float, class_name: str) -> tuple[int, int]:
 
 
 def _rank(sample: Sample) -> bytes:
-    return hashlib.sha1(sample.path.encode()).digest()
+    return hashlib.sha1((_youtube_id(sample) or sample.path).encode()).digest()
 
 
-def drop_overlap(catalogs: Mapping[str, Catalog]) -> tuple[dict[str, Catalog], dict[str, int]]:
-    """Removes training videos that another dataset is tested on.
+#: from the most protected split to the least
+_PROTECTION = ("test", "select", "alpha", "train")
+Splits = dict[str, list[Sample]]
+
+
+def drop_overlap(splits: Mapping[str, Splits]) -> tuple[dict[str, Splits], dict[str, int]]:
+    """Removes videos that a more protected split has too, of the same or another dataset.
 
     Returns:
-        The catalogs without them, and how many were dropped per dataset.
+        The splits without them (test splits are never changed), and how many were dropped per
+        dataset.
     """
-    tested = {name: {_youtube_id(s) for s in c.test} - {None} for name, c in catalogs.items()}
-    cleaned, dropped = {}, {}
-    for name, catalog in catalogs.items():
-        elsewhere = set().union(*(ids for other, ids in tested.items() if other != name))
-        kept = tuple(s for s in catalog.train if _youtube_id(s) not in elsewhere)
-        dropped[name] = len(catalog.train) - len(kept)
-        cleaned[name] = replace(catalog, train=kept)
+    cleaned: dict[str, Splits] = {name: {} for name in splits}
+    dropped = dict.fromkeys(splits, 0)
+    protected: set[str] = set()
+    for split in _PROTECTION:
+        found: set[str] = set()
+        for name, parts in splits.items():
+            kept = [s for s in parts[split] if _youtube_id(s) not in protected or split == "test"]
+            dropped[name] += len(parts[split]) - len(kept)
+            cleaned[name][split] = kept
+            found.update(i for s in kept if (i := _youtube_id(s)) is not None)
+        protected |= found
     return cleaned, dropped
 
 

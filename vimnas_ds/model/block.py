@@ -98,10 +98,11 @@ class Block(nn.Module):
         q, k, v = (split_heads(y, self.head_dim) for y in qkv.chunk(3, -1))
         if self.qk_norm:
             q, k = self.attn.q_norm.forward_frozen(q), self.attn.k_norm.forward_frozen(k)
-        y = attention(q, k, v) * head_mass.to(x.dtype)[:, None, None]
+        # masses stay in float32: bf16 would round most of a small alpha step away
+        y = (attention(q, k, v) * head_mass[:, None, None]).to(x.dtype)
         y = self.attn.proj.forward_frozen(merge_heads(y))
         x = x + (self.ls1.forward_frozen(y) if self.layer_scale else y)
         y = self.mlp.fc1.forward_frozen(self.norm2.forward_frozen(x, embed_mass))
-        y = F.gelu(y, approximate="tanh") * hidden_mass.to(x.dtype)
+        y = (F.gelu(y, approximate="tanh") * hidden_mass).to(x.dtype)
         y = self.mlp.fc2.forward_frozen(y)
         return x + (self.ls2.forward_frozen(y) if self.layer_scale else y)

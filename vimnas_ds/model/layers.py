@@ -42,7 +42,7 @@ class EntangledLinear(nn.Module):
         o, i = self.out_axis.size, self.in_axis.size
         weight, bias = self.weight.view(self.groups, o, i), self.bias.view(self.groups, o)
         y = sliced_linear(x, weight, bias, out_features)
-        return y if self.groups > 1 else y[0]
+        return y if self.groups > 1 else y.squeeze(0)  # a view: no copy in backward
 
     def forward_frozen(self, x: Tensor) -> Tensor:
         """The full layer with its weights held constant (the alpha step)."""

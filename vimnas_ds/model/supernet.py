@@ -95,7 +95,7 @@ class Supernet(nn.Module):
         width = space.max_embed_dim
         embed = leading_mass(p["embed_dim"], space.embed_dim, width)
         x = self.tokens(x, width, frozen=True)
-        states = []
+        mixed: Tensor | None = None
         for layer, block in enumerate(self.blocks):
             heads = space.num_heads[layer]
             masses = (
@@ -114,9 +114,10 @@ class Supernet(nn.Module):
             else:
                 x = block.forward_superposed(x, *masses)
             if layer + 1 in space.depth:
-                states.append(x)
-        mixed = torch.stack(states, -1) @ p["depth"].to(x.dtype)
-        pooled = self.norm.forward_frozen(mixed, embed).mean(1)
+                part = x.float() * p["depth"][space.depth.index(layer + 1)]
+                mixed = part if mixed is None else mixed + part
+        assert mixed is not None
+        pooled = self.norm.forward_frozen(mixed, embed).to(x.dtype).mean(1)
         return self.heads[dataset].forward_frozen(pooled)
 
     @torch.no_grad()

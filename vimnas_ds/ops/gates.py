@@ -12,31 +12,33 @@ with one-hot p it is exactly the narrow network's LayerNorm.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 
+@lru_cache(maxsize=1024)
+def _containing(cuts: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    """(size, K) float32: 1 where choice k contains channel c. Made once, so that a step copies
+    nothing to the device."""
+    widths = torch.tensor(cuts)
+    return (widths[None, :] > torch.arange(size)[:, None]).float().to(device)
+
+
 def leading_mass(p: Tensor, cuts: Sequence[int], size: int) -> Tensor:
-    """Mass of the choices that contain each channel: p (K,), cuts (K ascending) -> (size,)."""
-    if len(cuts) != p.numel() or list(cuts) != sorted(cuts) or cuts[-1] > size:
+    """Mass of the choices that contain each channel: p (K,), cuts (K,) -> (size,)."""
+    if len(cuts) != p.numel() or max(cuts) > size:
         raise ValueError(f"{p.numel()} masses do not fit cuts {tuple(cuts)} of {size} channels")
-    tail = p.flip(0).cumsum(0).flip(0)  # tail[k] = p_k + p_{k+1} + ...
-    widths = torch.tensor([*cuts], device=p.device)
-    widths = torch.diff(widths, prepend=widths.new_zeros(1))
-    mass = tail.repeat_interleave(widths)
-    return torch.nn.functional.pad(mass, (0, size - cuts[-1]))
+    return _containing(tuple(cuts), size, p.device) @ p
 
 
 def hidden_mass(
     p_embed: Tensor, p_ratio: Tensor, embed_dims: Sequence[int], ratios: Sequence[float], size: int
 ) -> Tensor:
     """Mass of MLP hidden units: both choices decide the width int(e*r). -> (size,)"""
-    joint = torch.outer(p_embed, p_ratio).flatten()
     widths = [int(e * r) for e in embed_dims for r in ratios]
-    order = sorted(range(len(widths)), key=widths.__getitem__)
-    index = torch.tensor(order, device=joint.device)
-    return leading_mass(joint[index], [widths[i] for i in order], size)
+    return leading_mass(torch.outer(p_embed, p_ratio).flatten(), widths, size)
 
 
 def weighted_layer_norm(

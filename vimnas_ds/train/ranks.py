@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vimnas_ds.processes import cores_per_process
+
 _CPU = torch.device("cpu")
 
 
@@ -66,8 +68,7 @@ def start_ranks(timeout_minutes: float = 10, engine: bool = True) -> Ranks:
 def use_cpu_threads(count: int | None, ranks: Ranks) -> None:
     """On a CPU, give torch `count` threads, or this process's share of the cores."""
     if ranks.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
-        torch.set_num_threads(count or max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(count or cores_per_process(ranks.world_size))
 
 
 def _free_port() -> int:
