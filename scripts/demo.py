@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def report(run: SearchRun, seed: int) -> None:
     for arch in unique:
         for name in run.datasets:
             score = evaluator.score(
-                lambda x, a=arch, n=name: run.net(x, a, n),  # type: ignore[misc]
+                partial(run.net, arch=arch, dataset=name),
                 name,
                 "test",
                 progress,
@@ -181,7 +182,7 @@ def classify_one(run: SearchRun, folder: Path) -> None:
             str(folder),
         ]
     ):
-        raise ValueError("the export failed")
+        sys.exit(2)
     name = next(n for n, d in run.config.vimnas.data.datasets.items() if not d.is_image)
     catalog = run.data.catalogs[name]
     sample = catalog.test[0]

@@ -14,15 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vimnas_ds.arch_file import read_arch
+from vimnas_ds.arch_file import named_arch
 from vimnas_ds.report.console import format_table
 from vimnas_ds.search.cli import Progress, build_parser, choose_datasets, run_script
 from vimnas_ds.search.multiview import MultiViewEvaluator
-from vimnas_ds.search.run import SearchRun, open_run
-from vimnas_ds.space import Arch
+from vimnas_ds.search.run import open_run
 from vimnas_ds.train.dry_run import cost_of
 from vimnas_ds.train.ranks import start_ranks
 
@@ -43,21 +43,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def named_archs(run: SearchRun, names: list[str]) -> dict[str, Arch]:
-    """Architectures by the name given; files are checked against the run's space."""
-    space = run.net.space
-    corners = {"largest": space.largest(), "smallest": space.smallest()}
-    found = {name: corners[name] if name in corners else read_arch(Path(name)) for name in names}
-    for arch in found.values():
-        space.validate(arch)
-    return found
-
-
 def evaluate(args: argparse.Namespace) -> int:
     ranks = start_ranks(engine=False)
     run = open_run(args.checkpoint, ranks, args.set)
     datasets = choose_datasets(run, args.datasets)
-    archs = named_archs(run, args.arch)
+    archs = {name: named_arch(name, run.net.space) for name in args.arch}
     evaluator = MultiViewEvaluator(run, args.single_view)
     views = sum(len(evaluator.views(name)) for name in datasets)
     progress = Progress(len(archs) * views, "evaluation", 1, ranks.is_main)
@@ -67,7 +57,7 @@ def evaluate(args: argparse.Namespace) -> int:
         results[label] = {"arch": json.loads(arch.to_json()), "datasets": {}}
         for name in datasets:
             score = evaluator.score(
-                lambda x, a=arch, n=name: run.net(x, a, n),  # type: ignore[misc]
+                partial(run.net, arch=arch, dataset=name),
                 name,
                 args.split,
                 progress,

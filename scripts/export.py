@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from vimnas_ds.arch_file import read_arch
+from vimnas_ds.arch_file import named_arch
 from vimnas_ds.export import export_subnet, load_subnet
 from vimnas_ds.search.cli import build_parser, run_script
 from vimnas_ds.search.run import SearchRun, open_run
@@ -55,10 +55,7 @@ def write_export(run: SearchRun, arch: Arch, folder: Path) -> float:
 
 def export(args: argparse.Namespace) -> int:
     run = open_run(args.checkpoint, start_ranks(engine=False), args.set)
-    space = run.net.space
-    corners = {"largest": space.largest(), "smallest": space.smallest()}
-    arch = corners[args.arch] if args.arch in corners else read_arch(Path(args.arch))
-    space.validate(arch)
+    arch = named_arch(args.arch, run.net.space)
     folder = args.out or run.files.root / "export"
     worst = write_export(run, arch, folder)
     run.close()

@@ -9,8 +9,8 @@ VENV=${VENV:-.venv}
 
 "$PYTHON" - <<'PY'
 import sys
-if sys.version_info < (3, 11):
-    sys.exit(f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}; set PYTHON=...")
+if sys.version_info[:2] != (3, 11):
+    sys.exit(f"Python 3.11 is needed, this is {sys.version.split()[0]}; set PYTHON=...")
 PY
 
 if [ ! -x "$VENV/bin/python" ]; then

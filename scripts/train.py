@@ -20,10 +20,16 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vimnas_ds.arch_file import read_arch
 from vimnas_ds.config import ConfigError, RunConfig, load_config
-from vimnas_ds.data.bad import TooManyBadFiles
+from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyBadFiles
+from vimnas_ds.data.joint import open_datasets
+from vimnas_ds.train.ranks import RanksDisagree, start_ranks, use_cpu_threads
+
+if TYPE_CHECKING:
+    from vimnas_ds.train.loop import Trainer
 
 STARTED = time.time()
 
@@ -71,21 +77,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    is_main = os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
     try:
         config = configure(args)
         if args.dry_run:
             from vimnas_ds.train.dry_run import describe_run
 
-            if is_main:
+            if rank == "0":
                 print(describe_run(config, int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
-        return train(config, args.resume, args.overwrite)
-    except (ConfigError, ValueError) as err:
-        stopped = isinstance(err, TooManyBadFiles)
-        if is_main:
-            print(f"{'stopped' if stopped else 'cannot start'}:\n{err}", file=sys.stderr)
-        return 3 if stopped else 2
+        trainer = prepare(config, args.resume, args.overwrite)
+    except (ConfigError, DataMissing, BadAnnotations, RanksDisagree) as err:
+        if rank == "0":
+            print(f"cannot start:\n{err}", file=sys.stderr)
+        return 2
+    return run(trainer, rank)
 
 
 def configure(args: argparse.Namespace) -> RunConfig:
@@ -101,36 +107,36 @@ def configure(args: argparse.Namespace) -> RunConfig:
     return load_config(args.deepspeed_config, overrides)
 
 
-def train(config: RunConfig, resume: str | None, overwrite: bool) -> int:
-    """Check everything that can be checked without work, then run."""
-    from vimnas_ds.data.joint import open_datasets
-    from vimnas_ds.train.run_files import RunFiles, choose_start, write_config
+def prepare(config: RunConfig, resume: str | None, overwrite: bool) -> Trainer:
+    """Check everything that can be checked before any work, then set the run up."""
+    from vimnas_ds.train.run_files import RunFiles, choose_start
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config.micro_batch(world_size)
     config.micro_batch(world_size, config.alpha_batch)
-    files = RunFiles(config.vimnas.output_dir)
-    start = choose_start(files, resume, overwrite)
+    start = choose_start(RunFiles(config.vimnas.output_dir), resume, overwrite)
     data = open_datasets(config.vimnas.data)
 
-    import torch.distributed as dist
-
-    from vimnas_ds.train.loop import TooManySkippedSteps, Trainer
-    from vimnas_ds.train.ranks import start_ranks, use_cpu_threads
+    from vimnas_ds.train.loop import Trainer
 
     ranks = start_ranks()
     use_cpu_threads(config.vimnas.cpu_threads, ranks)
-    if ranks.is_main:
-        if overwrite:
-            files.remove()
-        write_config(files, config)
-    dist.barrier()
-    trainer = Trainer(config, data, ranks, start)
+    trainer = Trainer(config, data, ranks, start, overwrite)
     trainer.console.say(f"ready {time.time() - STARTED:.1f} s after the process started")
+    return trainer
+
+
+def run(trainer: Trainer, rank: str) -> int:
+    """Train; a run that stops itself says why, on the rank that knows, and exits with 3."""
+    import torch.distributed as dist
+
+    from vimnas_ds.train.loop import TooManySkippedSteps
+
     try:
         trainer.run()
-    except TooManySkippedSteps as err:
+    except (TooManySkippedSteps, TooManyBadFiles, RanksDisagree) as err:
         trainer.console.say(f"stopped: {err}")
+        print(f"rank {rank} stopped: {err}", file=sys.stderr, flush=True)
         return 3
     finally:
         trainer.close()

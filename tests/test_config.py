@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.small import small_config
-from vimnas_ds.config import ConfigError, load_config, parse_config
+from vimnas_ds.config import ConfigError, RunConfig, Section, load_config, parse_config
 from vimnas_ds.train.run_files import config_object
 
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -105,11 +105,31 @@ def test_batch_arithmetic_and_precision():
         ("optimizer", {"type": "Adam"}, '"optimizer" is refused.*silently ignore'),
         ("scheduler", {"type": "WarmupLR"}, '"scheduler" is refused'),
         ("fp16", {"enabled": True}, '"fp16" is refused'),
-        ("gradient_accumulation_steps", 2, "accumulation_steps 2 .*supplement"),
+        ("gradient_accumulation_steps", 2, "accumulation_steps 2 is refused.*supplement"),
         ("train_micro_batch_size_per_gpu", 4, "derived from the number of processes"),
         ("train_batch_size", "8", "positive whole number"),
         ("train_batch_size", 0, "positive whole number"),
         ("zero_optimization.stage", 3, "stage must be 2, got 3"),
+        ("zero_optimization.stage", 2.0, "stage must be 2, got 2.0"),
+        ("zero_optimization.reduce_bucket_size", "big", "must be a positive whole number"),
+        ("zero_optimization.reduce_bucket_size", -5, "must be a positive whole number"),
+        ("zero_optimization.overlap_comm", "no", "must be true or false"),
+        ("zero_optimization.load_from_fp32_weights", False, "unknown or unproved key"),
+        ("gradient_clipping", float("nan"), "gradient_clipping must be written"),
+        ("gradient_accumulation_steps", True, "it must be 1"),
+        ("steps_per_print", "x", "steps_per_print must be a whole number"),
+        ("wall_clock_breakdown", "no", "wall_clock_breakdown must be true or false"),
+        ("tensorboard", {"enabld": True}, '"tensorboard" is refused'),
+        ("checkpoint", {"load_universal": True}, '"checkpoint" is refused'),
+        ("flops_profiler", {"enabled": True}, '"flops_profiler" is refused'),
+        ("communication_data_type", "fp99", '"communication_data_type" is refused'),
+        ("data_types", {"grad_accum_dtype": "bf16"}, 'must be "fp32"'),
+        ("vimnas.output_dir", "", "output_dir must name a folder"),
+        ("vimnas.schedule.warmup", 100, "warmup 100 exceeds schedule.epochs 3"),
+        ("vimnas.schedule.min_lr", 1.0, "min_lr 1 is not below the peak 0.01"),
+        ("vimnas.tokens.kind", "tubelet", "own tubes go with kind"),
+        ("vimnas.data.datasets.k400.annotations", "a.csv", "annotations are for the layouts"),
+        ("vimnas.data.datasets.k400.videos", "v", "videos is for the layout"),
         ("zero_optimization.stage", 1, "stage must be 2, got 1"),
         ("zero_optimization", None, "stage must be 2, got None"),
         ("zero_optimization.round_robin_gradients", True, "round_robin_gradients is refused"),
@@ -156,6 +176,21 @@ def test_odd_micro_batches_with_mixup_are_refused():
     raw["train_batch_size"] = 6
     with pytest.raises(ConfigError, match=r"3 samples per process is odd .*\['imagenet'\]"):
         parse_config(raw).micro_batch(2)
+
+
+def sections() -> list[type[Section]]:
+    found, queue = [], [Section]
+    while queue:
+        queue += (subclasses := queue.pop().__subclasses__())
+        found += subclasses
+    return found
+
+
+@pytest.mark.parametrize("section", sections(), ids=lambda s: s.__name__)
+def test_every_field_is_described(section):
+    assert section.__doc__
+    if section is not RunConfig:
+        assert [n for n, f in section.model_fields.items() if not f.description] == []
 
 
 def run_train(*args: str) -> subprocess.CompletedProcess[str]:

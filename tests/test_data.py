@@ -146,14 +146,36 @@ def test_small_datasets_still_hold_out_one_of_each() -> None:
         split_catalog(catalog(members(2)), 0.1)
 
 
-def test_training_videos_that_another_dataset_is_tested_on_are_dropped() -> None:
-    shared, own = "abc-EFG_ijk_000001_000011.mp4", "xyzxyzxyzxy_000001_000011.mp4"
-    k400 = catalog([Sample(f"train/a/{n}", 0) for n in (shared, own)], name="k400")
-    longer = "val/b/abc-EFG_ijk_000200_000210.mp4"  # another part of the same video
-    k600 = catalog([Sample(f"train/a/{own}", 0)], (Sample(longer, 1),), name="k600")
-    cleaned, dropped = drop_overlap({"k400": k400, "k600": k600})
-    assert dropped == {"k400": 1, "k600": 0}
-    assert [s.path for s in cleaned["k400"].train] == [f"train/a/{own}"]
+def test_a_video_stays_in_its_most_protected_split_of_all_datasets() -> None:
+    def name(number: int, start: int = 1) -> str:
+        return f"video-{number:05d}_{start:06d}_{start + 9:06d}.mp4"
+
+    k400 = catalog(
+        [Sample(f"train/a/{name(i)}", 0) for i in range(40)],
+        tuple(Sample(f"val/a/{name(i)}", 0) for i in range(40, 45)),
+        name="k400",
+    )
+    k600 = catalog(  # the same videos cut elsewhere, some of k400's test videos, and its own
+        [Sample(f"train/b/{name(i, 200)}", 0) for i in range(100)],
+        tuple(Sample(f"val/b/{name(i)}", 0) for i in range(95, 100)),
+        name="k600",
+    )
+    before = {"k400": split_catalog(k400, 0.2), "k600": split_catalog(k600, 0.2)}
+    after, dropped = drop_overlap(before)
+    ids = {
+        part: [{s.path.split("/")[-1][:11] for s in splits[part]} for splits in after.values()]
+        for part in ("test", "select", "alpha", "train")
+    }
+    seen: set[str] = set()
+    for part in ("test", "select", "alpha", "train"):
+        assert not seen & set().union(*ids[part]), part
+        seen |= set().union(*ids[part])
+    assert [len(after[n]["test"]) for n in after] == [5, 5]
+    assert dropped["k600"] >= 10  # its copies of both test sets at least
+    sizes = {n: sum(len(v) for v in parts.values()) for n, parts in before.items()}
+    left = {n: sum(len(v) for v in parts.values()) for n, parts in after.items()}
+    assert {n: sizes[n] - left[n] for n in sizes} == dropped
+    assert all(len(after[n][p]) > 0 for n in after for p in ("train", "alpha", "select"))
 
 
 # -- order and draws --------------------------------------------------------------------------

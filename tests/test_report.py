@@ -46,8 +46,10 @@ def normalise(grey: np.ndarray) -> torch.Tensor:
 
 def test_scalars_are_read_back_under_their_tags(tmp_path: Path) -> None:
     board = Board(tmp_path, 0)
-    board.train_step(3, "k400", 1.5, 0.25, 1e-3, 842.0, 0.003, 2)
-    board.train_step(4, "imagenet", 2.5, None, 2e-3, 800.0, 0.004, 2)
+    board.train_loss(3, "k400", 1.5, 0.25)
+    board.train_step(3, 1e-3, 842.0, 0.003, 2)
+    board.train_loss(4, "imagenet", 2.5, None)
+    board.train_step(4, 2e-3, 800.0, 0.004, 2)
     board.alpha_step(4, "k400", 1.25)
     board.evaluation(4, "ssv2", "largest", 0.5, 0.75, 0.875)
     board.close()
@@ -161,7 +163,8 @@ def test_pictures_are_read_back_with_their_size(tmp_path: Path) -> None:
 
 def test_a_disabled_board_writes_no_file(tmp_path: Path) -> None:
     board = Board(tmp_path / "tb", 0, enabled=False)
-    board.train_step(1, "k400", 1.0, 0.5, 1e-3, 1.0, 0.0, 0)
+    board.train_loss(1, "k400", 1.0, 0.5)
+    board.train_step(1, 1e-3, 1.0, 0.0, 0)
     board.alpha_step(1, "k400", 1.0)
     board.evaluation(1, "k400", "largest", 1.0, 0.5, 0.5)
     board.alphas(1, {"depth": [1.0]}, {"depth": [2]})

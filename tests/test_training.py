@@ -30,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
     section["model"] = {"drop_path": 0.2, "qk_norm": True, "layer_scale": 0.5}
     section["schedule"] = {"epochs": 3, "warmup": 2, "warmup_unit": "steps"}
     section["alpha"] = {"every": 1}
-    section["log"] = {"every": 1, "images_every": 10, "eval_every": 14, "eval_subnets": 1}
+    section["log"] = {"every": 3, "images_every": 10, "eval_every": 14, "eval_subnets": 1}
     section["checkpoint"] = {"every": RESUME_AT, "keep": 9}
     for name, data in section["data"]["datasets"].items():
         data["root"] = str(root / "data" / name)
@@ -73,7 +73,7 @@ def last_checkpoint(run: Path) -> Path:
 
 def draws(run: Path) -> list[tuple[str, ...]]:
     """(step, phase, dataset, sub-network) of every log line."""
-    pattern = r"step (\d+)/\d+\s+e\d+ (\w+)\s+(\w+)\s+(d\d e\d+ h[\d.]+ r[\d.]+)"
+    pattern = r"step (\d+)/\d+  e\d+ (\w+)  (\w+)  .*\[(d\d e\d+ h\[.*\] r\[.*\])\]"
     return re.findall(pattern, (run / "train.log").read_text())
 
 

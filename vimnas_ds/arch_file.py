@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 from vimnas_ds.config import ConfigError
-from vimnas_ds.space import Arch
+from vimnas_ds.space import Arch, SearchSpace
 
 
-def read_arch(path: Path) -> Arch:
-    """The architecture in `path`. Raises ConfigError, naming the file and what is wrong."""
+def read_arch(path: Path, space: SearchSpace | None = None) -> Arch:
+    """The architecture in `path`, a member of `space` if that is given.
+
+    Raises ConfigError, naming the file and what is wrong.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as err:
@@ -18,6 +21,16 @@ def read_arch(path: Path) -> Arch:
     if isinstance(content, dict) and "arch" in content:
         content = content["arch"]
     try:
-        return Arch.from_json(content)
+        arch = Arch.from_json(content)
+        if space is not None:
+            space.validate(arch)
+        return arch
     except (TypeError, ValueError) as err:
         raise ConfigError(f"{path}: {err}") from err
+
+
+def named_arch(name: str, space: SearchSpace) -> Arch:
+    """The `largest` or `smallest` member of `space`, or the one in the file of that name."""
+    if name in ("largest", "smallest"):
+        return space.largest() if name == "largest" else space.smallest()
+    return read_arch(Path(name), space)

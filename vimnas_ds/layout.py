@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from vimnas_ds.space import Arch, SearchSpace
@@ -113,13 +112,11 @@ class CellGrid:
         """Element index at which a band starts, per axis (one past the last band: the end)."""
         return tuple((0, *cuts)[band] for band, cuts in zip(bands, self.cuts, strict=True))
 
-    def active(self, activation: Activation) -> list[int]:
-        """Indices of the cells that `activation` touches, ascending."""
-        extents = activation.extents(self.layout, self.head_dim)
+    def inside(self, extents: tuple[Extents, ...]) -> list[bool]:
+        """For every cell, whether one of the leading blocks `extents` contains it."""
         return [
-            i
-            for i, high in enumerate(self.highs)
-            if any(all(h <= e for h, e in zip(high, ext, strict=True)) for ext in extents)
+            any(all(h <= e for h, e in zip(high, ext, strict=True)) for ext in extents)
+            for high in self.highs
         ]
 
 
@@ -129,7 +126,3 @@ class ParamGrids:
     def __init__(self, layouts: Mapping[str, ParamLayout], space: SearchSpace):
         self.grids = {name: CellGrid(layout, space) for name, layout in layouts.items()}
         self.space = space
-
-    @cached_property
-    def num_cells(self) -> int:
-        return sum(len(grid) for grid in self.grids.values())

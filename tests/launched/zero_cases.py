@@ -27,7 +27,6 @@ from vimnas_ds.config import parse_config
 from vimnas_ds.layout import Activation, ParamGrids
 from vimnas_ds.train.alpha_step import AlphaLearner
 from vimnas_ds.train.engine import Engine, build_engine, build_supernet
-from vimnas_ds.train.optimizer import cell_slices
 from vimnas_ds.train.ranks import RanksDisagree, check_agreement, start_ranks
 
 LR, STEPS = 1e-2, 8
@@ -40,8 +39,56 @@ def report(name: str, **values: object) -> None:
         print("RESULT", name, json.dumps(values), flush=True)
 
 
-def config_for(bf16: bool, clipping: float = 0.0):
-    return parse_config(small_config(bf16={"enabled": bf16}, gradient_clipping=clipping))
+def config_for(bf16: bool, clipping: float = 0.0, zero: dict | None = None):
+    settings = {"bf16": {"enabled": bf16}, "gradient_clipping": clipping}
+    if zero is not None:
+        settings["zero_optimization"] = zero
+    return parse_config(small_config(**settings))
+
+
+def reference_zero() -> dict:
+    """The reference runs' ZeRO settings, with buckets small enough that there are several."""
+    text = (Path(__file__).resolve().parents[2] / "ds_configs" / "vitl.json").read_text()
+    return {**json.loads(text)["zero_optimization"], "reduce_bucket_size": 5000}
+
+
+def cell_slices(grids: ParamGrids, name: str) -> list[tuple[slice, ...]]:
+    """Index expressions of all cells in the parameter's block view."""
+    grid = grids.grids[name]
+    return [
+        tuple(slice(lo, hi) for lo, hi in zip(low, high, strict=True))
+        for low, high in zip(grid.lows, grid.highs, strict=True)
+    ]
+
+
+def sampled_mask(name: str, shape: tuple[int, ...], activation: Activation) -> torch.Tensor:
+    """What the step samples of a parameter, from its name alone: knows no layout of ours."""
+    arch, mask = activation.archs[0], torch.zeros(shape, dtype=torch.bool)
+    e, parts = arch.embed_dim, name.split(".")
+    if parts[0] == "heads":
+        if parts[1] == activation.dataset:
+            mask[..., : (e if parts[-1] == "weight" else None)] = True
+    elif parts[0] == "tokens":
+        if not activation.is_image or parts[2] == "1":  # the image tube
+            mask[:e] = True
+    elif parts[0] == "norm":
+        mask[:e] = True
+    else:
+        layer = int(parts[1])
+        if layer < arch.depth:
+            inner, hidden = 16 * arch.num_heads[layer], arch.hidden_dim(layer)
+            kind = ".".join(parts[2:])
+            blocks = {
+                "attn.qkv.weight": (slice(None), slice(inner), slice(e)),
+                "attn.qkv.bias": (slice(None), slice(inner)),
+                "attn.proj.weight": (slice(e), slice(inner)),
+                "mlp.fc1.weight": (slice(hidden), slice(e)),
+                "mlp.fc1.bias": (slice(hidden),),
+                "mlp.fc2.weight": (slice(e), slice(hidden)),
+            }
+            whole = kind.split(".")[1] in ("q_norm", "k_norm")
+            mask[blocks.get(kind, (slice(None if whole else e),))] = True
+    return mask
 
 
 def batch(step: int, dataset: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,8 +125,8 @@ def snapshot(engine: Engine, fresh: bool = False) -> dict[str, dict[str, torch.T
     return found
 
 
-def build(bf16: bool, clipping: float = 0.0) -> Engine:
-    config = config_for(bf16, clipping)
+def build(bf16: bool, clipping: float = 0.0, zero: dict | None = None) -> Engine:
+    config = config_for(bf16, clipping, zero)
     net = build_supernet(config)
     randomise(net)
     return build_engine(config, ranks, net)
@@ -87,15 +134,14 @@ def build(bf16: bool, clipping: float = 0.0) -> Engine:
 
 def sampled_only(bf16: bool) -> None:
     """Frozen bits, and equality with torch.optim.AdamW run on every cell by itself."""
-    engine = build(bf16)
+    engine = build(bf16, zero=reference_zero())
     grids, net = engine.optimizer.grids, engine.net
     layouts = net.layouts()
     cells: dict[str, list[torch.nn.Parameter]] = {}
     groups = []
     for name, p in net.named_parameters():
         block = safe_get_full_fp32_param(p).view(layouts[name].shape)
-        slices = cell_slices(grids, name, range(len(grids.grids[name])))
-        cells[name] = [torch.nn.Parameter(block[s].clone()) for s in slices]
+        cells[name] = [torch.nn.Parameter(block[s].clone()) for s in cell_slices(grids, name)]
         groups.append({"params": cells[name], "name": name})
     reference = torch.optim.AdamW(groups, lr=LR, foreach=False)
     totals = dict.fromkeys(
@@ -115,19 +161,18 @@ def sampled_only(bf16: bool) -> None:
         for group in reference.param_groups:
             group["weight_decay"] = decay if layouts[group["name"]].decay else 0.0
         masks = {}
-        for name, grid in grids.grids.items():
+        for name in grids.grids:
             shape = layouts[name].shape
-            on = set(grid.active(activation))
-            totals["idle_parameters"] += not on
-            masks[name] = torch.zeros(shape, dtype=torch.bool)
-            for i, s in enumerate(cell_slices(grids, name, range(len(grid)))):
-                grad = gradients[name].view(shape)[s]
-                cells[name][i].grad = grad.clone().float() if i in on else None
-                masks[name][s] = i in on
+            masks[name] = sampled_mask(name, shape, activation)
+            totals["idle_parameters"] += not masks[name].any()
+            for i, s in enumerate(cell_slices(grids, name)):
+                grad, on = gradients[name].view(shape)[s], masks[name][s]
+                assert on.all() == on.any(), f"{name}: a cell is sampled in part"
+                cells[name][i].grad = grad.clone().float() if on.all() else None
         reference.step()
-        for name, grid in grids.grids.items():
+        for name in grids.grids:
             shape, mask = layouts[name].shape, masks[name]
-            on = grid.active(activation)
+            on = [bool(mask[s].all()) for s in cell_slices(grids, name)]
             for key in ("w", "exp_avg", "exp_avg_sq"):
                 a, b = before[name][key].view(shape), after[name][key].view(shape)
                 totals["frozen_changed"] += int((a[~mask] != b[~mask]).sum())
@@ -136,14 +181,12 @@ def sampled_only(bf16: bool) -> None:
                 (before[name]["w"].view(shape)[mask] != after[name]["w"].view(shape)[mask]).sum()
             )
             grown = after[name]["count"] - before[name]["count"]
-            expected = torch.zeros(len(grid), dtype=torch.int64)
-            expected[on] = 1
-            totals["frozen_counts_changed"] += int((grown != expected).sum())
-            for i, s in enumerate(cell_slices(grids, name, range(len(grid)))):
+            totals["frozen_counts_changed"] += int((grown != torch.tensor(on).long()).sum())
+            for i, s in enumerate(cell_slices(grids, name)):
                 ours = after[name]
                 totals["differ_w"] += int((ours["w"].view(shape)[s] != cells[name][i]).sum())
                 state = reference.state.get(cells[name][i])
-                if i in on:
+                if on[i]:
                     totals["sampled"] += cells[name][i].numel()
                 if state:
                     for key in ("exp_avg", "exp_avg_sq"):
@@ -173,9 +216,7 @@ def stock_adamw() -> None:
         raw.step()
         for name, p in net.named_parameters():
             shape = grids.grids[name].layout.shape
-            frozen = torch.ones(shape, dtype=torch.bool)
-            for s in cell_slices(grids, name, grids.grids[name].active(activation)):
-                frozen[s] = False
+            frozen = ~sampled_mask(name, shape, activation)
             after = safe_get_full_fp32_param(p).view(shape)
             changed += int((before[name].view(shape)[frozen] != after[frozen]).sum())
     report("stock_adamw", frozen_changed=changed)

@@ -14,6 +14,10 @@ class DataMissing(ValueError):
     """A dataset's folder or one of its splits is not there; the message names the key to set."""
 
 
+class BadAnnotations(ValueError):
+    """Annotations, classes or counts that do not fit the configuration."""
+
+
 class BadFile(ValueError):
     """One file that cannot be used; `path` and `reason` say which and why."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vimnas_ds.config import DatasetSection
-from vimnas_ds.data.bad import DataMissing
+from vimnas_ds.data.bad import BadAnnotations, DataMissing
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff .gif".split())
 VIDEO_SUFFIXES = frozenset(
@@ -54,7 +54,7 @@ def scan_dataset(name: str, section: DatasetSection) -> Catalog:
 
     Raises:
         DataMissing: the root is not set or not there, or a split has no usable file.
-        ValueError: more classes than `num_classes`, or annotations that cannot be understood.
+        BadAnnotations: more classes than `num_classes`, or annotations that cannot be understood.
     """
     key = f"vimnas.data.{name}.root"
     if section.root is None:
@@ -64,7 +64,7 @@ def scan_dataset(name: str, section: DatasetSection) -> Catalog:
     listing = {"folders": _scan_folders, "csv": _scan_csv, "ssv2": _scan_ssv2}[section.layout]
     class_names, train, test = listing(name, section, section.root)
     if len(class_names) > section.num_classes:
-        raise ValueError(
+        raise BadAnnotations(
             f"{name}: {len(class_names)} classes found, but vimnas.data.{name}.num_classes "
             f"is {section.num_classes}"
         )
@@ -128,7 +128,7 @@ def _scan_csv(name: str, section: DatasetSection, root: Path) -> Listing:
         columns = set(reader.fieldnames or ())
         column = next((c for c in ("class", "label") if c in columns), None)
         if column is None or not {"path", "split"} <= columns:
-            raise ValueError(
+            raise BadAnnotations(
                 f"{name}: {file} needs a header with the columns path, class (or label) and split; "
                 f"it has {', '.join(sorted(columns)) or 'none'}"
             )
@@ -159,13 +159,15 @@ def _scan_ssv2(name: str, section: DatasetSection, root: Path) -> Listing:
     number = {text: int(i) for text, i in _json(folder / "labels.json").items()}
     class_names = tuple(sorted(number, key=number.__getitem__))
     if sorted(number.values()) != list(range(len(number))):
-        raise ValueError(f"{name}: the numbers in {folder / 'labels.json'} are not 0, 1, 2, ...")
+        raise BadAnnotations(
+            f"{name}: the numbers in {folder / 'labels.json'} are not 0, 1, 2, ..."
+        )
 
     def samples(file: Path) -> Iterator[Sample]:
         for entry in _json(file):
             label = entry["template"].replace("[", "").replace("]", "")
             if label not in number:
-                raise ValueError(f"{name}: {file}: the label {label!r} is not in labels.json")
+                raise BadAnnotations(f"{name}: {file}: the label {label!r} is not in labels.json")
             yield Sample(f"{videos}/{entry['id']}.webm", number[label])
 
     return (

@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 # The share of hard samples in each dataset, between 0 and 1: faint colour, strong noise, a small
 # shape or little motion. The others are plain and learned in a few hundred steps, so this share is
 # what keeps a good small network away from 100 %.
-DIFFICULTY: dict[str, float] = {"imagenet": 0.15, "k400": 0.2, "k600": 0.5, "ssv2": 0.15}
+DIFFICULTY: dict[str, float] = {"imagenet": 0.15, "k400": 0.25, "k600": 0.6, "ssv2": 0.15}
 
 # Display names; a class's position is its number here. Video classes 2k and 2k + 1 are a pair.
 DEMO_CLASSES: dict[str, tuple[str, ...]] = {

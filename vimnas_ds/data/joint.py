@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -131,6 +132,20 @@ class Loaders:
         found: dict[str, dict[str, str]] = {}
         for (name, _), loader in self._training.items():
             found.setdefault(name, {}).update(loader.substitutions)
+        return found
+
+    def replaced(self) -> dict[str, int]:
+        """Samples replaced so far in training, by dataset."""
+        return self._sum(lambda loader: loader.bad_count)
+
+    def fallbacks(self) -> dict[str, int]:
+        """Training batches that DALI refused and that were decoded without it, by dataset."""
+        return self._sum(lambda loader: loader.fallbacks)
+
+    def _sum(self, value: Callable[[TrainLoader], int]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for (name, _), loader in self._training.items():
+            found[name] = found.get(name, 0) + value(loader)
         return found
 
     def close(self) -> None:

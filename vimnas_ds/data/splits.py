@@ -21,6 +21,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
+from vimnas_ds.data.bad import BadAnnotations
 from vimnas_ds.data.catalog import Catalog, Sample
 
 YOUTUBE_FILE = re.compile(r"(?P<id>.{11})_\d+_\d+")
@@ -34,10 +35,10 @@ def split_catalog(catalog: Catalog, held_out: float) -> dict[str, list[Sample]]:
             half of it goes to `alpha`, half to `select`. Each of them gets at least one file.
 
     Raises:
-        ValueError: fewer than three training files.
+        BadAnnotations: fewer than three training files.
     """
     if len(catalog.train) < 3:
-        raise ValueError(
+        raise BadAnnotations(
             f"{catalog.name}: {len(catalog.train)} training files; at least 3 are needed to hold "
             "out one for alpha and one for select"
         )

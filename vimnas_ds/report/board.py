@@ -38,21 +38,21 @@ class Board:
             _wait_for_newer_name(log_dir)
             self._writer = SummaryWriter(str(log_dir), purge_step=step, flush_secs=30)
 
-    def train_step(
-        self,
-        step: int,
-        dataset: str,
-        loss: float,
-        top1: float | None,
-        lr: float,
-        samples_per_s: float,
-        data_time: float,
-        skipped_steps: int,
-    ) -> None:
-        """A weight step. `top1` is None where labels are mixed; `data_time` is the wait in s."""
+    def train_loss(self, step: int, dataset: str, loss: float, top1: float | None) -> None:
+        """Weight steps on one dataset since the last point; `top1` None where labels are mixed."""
         self._scalar(f"train/loss/{dataset}", loss, step)
         if top1 is not None:
             self._scalar(f"train/top1/{dataset}", top1, step)
+
+    def faults(self, step: int, dataset: str, replaced: int, slow_batches: int) -> None:
+        """Broken files replaced, and batches decoded without DALI, since the process started."""
+        self._scalar(f"data/replaced/{dataset}", replaced, step)
+        self._scalar(f"data/slow_batches/{dataset}", slow_batches, step)
+
+    def train_step(
+        self, step: int, lr: float, samples_per_s: float, data_time: float, skipped_steps: int
+    ) -> None:
+        """Weight steps of all datasets since the last point; `data_time` is the wait in s."""
         self._scalar("train/lr", lr, step)
         self._scalar("train/samples_per_s", samples_per_s, step)
         self._scalar("train/data_time_ms", 1000 * data_time, step)

@@ -96,7 +96,8 @@ class Console:
         data_time: float,
     ) -> None:
         """Say how step `step` (counted from 1) went. `top1` is a fraction in [0, 1], None where
-        labels are mixed; `data_time` is the wait for data in seconds; memory is the peak so far."""
+        labels are mixed; `data_time` is the wait for data in seconds; memory is the peak so far.
+        The file's line ends with the architecture layer by layer."""
         if not self._enabled:
             return
         eta = self._timer.eta(step, self._clock())
@@ -114,13 +115,17 @@ class Console:
             f"eta {eta_text}",
             f"mem {peak_memory() / 2**30:.1f} GiB",
         ]
+        exact = f"  [{arch}]"
         if self._bar is not None:
             self._bar.set_postfix_str(f"eta {eta_text}", refresh=False)
             self._bar.update(step - self._bar.n)
-        self.say("  ".join(parts))
+        self._write("  ".join(parts), exact)
 
     def say(self, text: str) -> None:
         """Any other message, of one or more lines."""
+        self._write(text, "")
+
+    def _write(self, text: str, only_in_file: str) -> None:
         if not self._enabled:
             return
         if self._bar is not None:
@@ -130,7 +135,9 @@ class Console:
             sys.stdout.flush()
         stamp = datetime.now().astimezone().isoformat(timespec="seconds")
         with self._log_path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{stamp}  {line}".rstrip() + "\n" for line in text.split("\n"))
+            file.writelines(
+                f"{stamp}  {line}".rstrip() + "\n" for line in (text + only_in_file).split("\n")
+            )
 
     def close(self) -> None:
         """Remove the progress bar; may be called twice."""

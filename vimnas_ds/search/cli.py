@@ -12,7 +12,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from vimnas_ds.config import ConfigError
-from vimnas_ds.data.bad import TooManyBadFiles
+from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyBadFiles
+from vimnas_ds.export import ExportError
 from vimnas_ds.search.run import SearchRun
 
 
@@ -83,7 +84,7 @@ def run_script(body: Callable[[], int]) -> int:
     """
     try:
         return body()
-    except (ConfigError, ValueError) as err:
+    except (ConfigError, DataMissing, BadAnnotations, TooManyBadFiles, ExportError) as err:
         if os.environ.get("RANK", "0") == "0":
             what = "stopped" if isinstance(err, TooManyBadFiles) else "cannot run"
             print(f"{what}: {err}", file=sys.stderr)  # noqa: T201

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from vimnas_ds.config import ConfigError
 from vimnas_ds.search.constraints import Constraints
 from vimnas_ds.search.scoring import ArchScorer
 from vimnas_ds.space import Arch, SearchSpace
@@ -33,10 +34,10 @@ class EvolutionOptions:
     def __post_init__(self) -> None:
         for name in ("population", "generations", "top_k", "attempts"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("depth_probability", "block_probability"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

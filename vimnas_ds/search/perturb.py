@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -221,9 +222,8 @@ class PerturbationSearch:
         def evaluate(option: int | None) -> Scored:
             without = None if option is None else (name, option)
             p = {k: v.to(device) for k, v in self.state.probabilities(without).items()}
-            scored = score_forward(
-                self.run, self.datasets, lambda x, dataset: net.superposed(x, p, dataset)
-            )
+            forward = partial(net.superposed, probabilities=p)
+            scored = score_forward(self.run, self.datasets, forward)
             progress()
             return scored
 

@@ -11,7 +11,9 @@ import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +25,12 @@ from vimnas_ds.train.evaluate import Outcomes
 
 #: splits that searches may read; "test" is for reported numbers only
 SELECT = "select"
+
+
+class DatasetForward(Protocol):
+    """Logits of a batch by the head of a dataset."""
+
+    def __call__(self, x: Tensor, *, dataset: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class ArchScorer:
 
         def evaluate(arch: Arch) -> Scored:
             net = self.run.net
-            scored = score_forward(self.run, self.datasets, lambda x, name: net(x, arch, name))
+            scored = score_forward(self.run, self.datasets, partial(net, arch=arch))
             progress()
             return scored
 
@@ -120,15 +128,13 @@ class ArchScorer:
         return [self.scores[a] for a in archs]
 
 
-def score_forward(
-    run: SearchRun, datasets: Sequence[str], forward: Callable[[Tensor, str], Tensor]
-) -> Scored:
+def score_forward(run: SearchRun, datasets: Sequence[str], forward: DatasetForward) -> Scored:
     """Score `forward(x, dataset)` on the select splits, in eval mode, on this rank alone."""
     assert not run.net.training
     with torch.no_grad():
         return Scored(
             {
-                name: run.evaluator.outcomes(lambda x, n=name: forward(x, n), name, SELECT)  # type: ignore[misc]
+                name: run.evaluator.outcomes({"": partial(forward, dataset=name)}, name, SELECT)[""]
                 for name in datasets
             }
         )

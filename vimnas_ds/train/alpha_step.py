@@ -29,6 +29,8 @@ class AlphaLearner:
         generator = torch.Generator().manual_seed(derive_seed("alpha", seed))
         self.alphas = Alphas(space, section.init_std, generator).to(ranks.device)
         self.ranks = ranks
+        #: whether the last step changed the alphas (false: a non-finite gradient, on all ranks)
+        self.was_applied = True
         self.optimizer = torch.optim.Adam(
             list(self.alphas),
             lr=section.lr,
@@ -43,7 +45,8 @@ class AlphaLearner:
         grads = torch.autograd.grad(loss, list(self.alphas))
         flat = torch.cat([g.flatten() for g in grads]) / self.ranks.world_size
         sum_over_ranks(flat, self.ranks)
-        if bool(torch.isfinite(flat).all()):
+        self.was_applied = bool(torch.isfinite(flat).all())
+        if self.was_applied:
             for alpha, grad in zip(
                 self.alphas, flat.split([g.numel() for g in grads]), strict=True
             ):
@@ -56,4 +59,7 @@ class AlphaLearner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.alphas.load_state_dict(state["alphas"])
+        rates = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group.update(rate)  # the configuration's, not the saved run's

@@ -78,6 +78,8 @@ def save_checkpoint(
     engine.deepspeed.save_checkpoint(
         str(root), tag=hidden, client_state={STATE_KEY: state}, save_latest=False
     )
+    for shard in (root / hidden).glob(f"*pp_rank_{ranks.rank}_*optim_states.pt"):
+        _fsync(shard)  # by its writer: elsewhere it may still be in another machine's cache
     dist.barrier()  # every shard is written
     if ranks.is_main:
         weights = _contiguous(dict(engine.net.named_parameters()))
@@ -86,10 +88,14 @@ def save_checkpoint(
         (root / hidden / POSITION_FILE).write_text(json.dumps(state["position"], indent=2))
         for file in (root / hidden).iterdir():
             _fsync(file)
-        shutil.rmtree(root / tag, ignore_errors=True)
+        replaced = root / f".old-{tag}"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if (root / tag).exists():  # a resumed run reached a step that was saved before
+            (root / tag).rename(replaced)
         (root / hidden).rename(root / tag)
         _fsync(root)
         _write_latest(root, tag)
+        shutil.rmtree(replaced, ignore_errors=True)
         saved = sorted(p for p in root.glob("step*") if p.is_dir() and p.name != tag)
         for old in saved[: max(len(saved) - keep + 1, 0)]:
             shutil.rmtree(old)

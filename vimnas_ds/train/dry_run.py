@@ -72,7 +72,7 @@ def _data(config: RunConfig) -> tuple[str, dict[str, int], str]:
     for name, data in section.datasets.items():
         try:
             catalog = scan_dataset(name, data)
-            sizes[name] = len(catalog.train)
+            sizes[name] = round(len(catalog.train) * (1 - section.held_out))
             public = data.reference_files
             reference = f", {public:,} in the public copy" if public else ""
             lines.append(

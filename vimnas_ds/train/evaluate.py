@@ -10,7 +10,7 @@ size; a broken file is left out and counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from vimnas_ds.data.joint import Loaders
 from vimnas_ds.data.loader import Batch
 from vimnas_ds.train.ranks import Ranks, sum_over_ranks
+
+Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,33 +83,54 @@ class Evaluator:
             self._kept[key] = kept
 
     @torch.no_grad()
-    def outcomes(self, forward: Callable[[Tensor], Tensor], dataset: str, split: str) -> Outcomes:
-        """`forward`, batch -> logits, on this process's samples of a split.
+    def outcomes(
+        self, forwards: Mapping[str, Forward], dataset: str, split: str
+    ) -> dict[str, Outcomes]:
+        """Each of `forwards`, batch -> logits, on this process's samples, in one pass over them.
 
         The caller puts the network into eval mode. Raises ValueError when no file was usable.
         """
-        found = []
-        for batch in self._batches(dataset, split):
-            y = batch.y.to(self.ranks.device)
-            logits = forward(batch.x.to(self.ranks.device, self.dtype)).float()
-            best = logits.topk(min(5, logits.shape[1]), -1).indices == y[:, None]
-            loss = F.cross_entropy(logits, y, reduction="none")
-            found.append(torch.stack([best[:, 0], best.any(1), loss]).double())
-        if not found:
+        found = self._outcomes(forwards, dataset, split)
+        if not len(next(iter(found.values())).loss):
             raise ValueError(f"{dataset}: no file of the {split} split could be read")
-        return Outcomes(*torch.cat(found, 1).cpu())
+        return found
 
-    def score(self, forward: Callable[[Tensor], Tensor], dataset: str, split: str) -> Score:
-        """The score over all ranks' samples (each rank having its share); equal on every rank."""
-        if self.loaders.world_size == 1:
-            return self.outcomes(forward, dataset, split).score
-        try:
-            mine = self.outcomes(forward, dataset, split)
-            sums = [mine.top1.sum(), mine.top5.sum(), mine.loss.sum(), len(mine.loss)]
-        except ValueError:  # this rank's share is empty; the others' is not
-            sums = [0.0, 0.0, 0.0, 0.0]
-        totals = torch.tensor(sums, dtype=torch.float64, device=self.ranks.device)
-        top1, top5, loss, count = sum_over_ranks(totals, self.ranks).tolist()
-        if count == 0:
+    def _outcomes(
+        self, forwards: Mapping[str, Forward], dataset: str, split: str
+    ) -> dict[str, Outcomes]:
+        columns: dict[str, list[Tensor]] = {label: [] for label in forwards}
+        for batch in self._batches(dataset, split):
+            x, y = batch.x.to(self.ranks.device, self.dtype), batch.y.to(self.ranks.device)
+            for label, forward in forwards.items():
+                logits = forward(x).float()
+                best = logits.topk(min(5, logits.shape[1]), -1).indices == y[:, None]
+                loss = F.cross_entropy(logits, y, reduction="none")
+                columns[label].append(torch.stack([best[:, 0], best.any(1), loss]).double())
+        empty = torch.empty(3, 0, dtype=torch.float64)
+        return {
+            label: Outcomes(*torch.cat([empty.to(self.ranks.device), *c], 1).cpu())
+            for label, c in columns.items()
+        }
+
+    @torch.no_grad()
+    def scores(self, forwards: Mapping[str, Forward], dataset: str, split: str) -> dict[str, Score]:
+        """Scores over all ranks' samples (each rank having its share); equal on every rank.
+
+        Raises ValueError when no rank could read a file of the split.
+        """
+        found = self._outcomes(forwards, dataset, split)
+        sums = torch.tensor(
+            [
+                [float(o.top1.sum()), float(o.top5.sum()), float(o.loss.sum()), len(o.loss)]
+                for o in found.values()
+            ],
+            dtype=torch.float64,
+            device=self.ranks.device,
+        )
+        rows = sum_over_ranks(sums, self.ranks).tolist()
+        if not rows[0][3]:
             raise ValueError(f"{dataset}: no file of the {split} split could be read")
-        return Score(top1 / count, top5 / count, loss / count, int(count))
+        return {
+            label: Score(top1 / n, top5 / n, loss / n, int(n))
+            for label, (top1, top5, loss, n) in zip(found, rows, strict=True)
+        }

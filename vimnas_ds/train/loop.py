@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from vimnas_ds.train.alpha_step import AlphaLearner
 from vimnas_ds.train.checkpoint import load_checkpoint, save_checkpoint
 from vimnas_ds.train.engine import build_engine, build_supernet, start_weights
 from vimnas_ds.train.evaluate import Evaluator, Score
-from vimnas_ds.train.meters import ChoiceCounts, Meters
-from vimnas_ds.train.ranks import Ranks
-from vimnas_ds.train.run_files import RunFiles
+from vimnas_ds.train.faults import FaultReport
+from vimnas_ds.train.meters import ChoiceCounts, Interval, Meters
+from vimnas_ds.train.ranks import Ranks, check_agreement
+from vimnas_ds.train.run_files import RunFiles, claim_folder
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
 from vimnas_ds.train.step import WeightStepper
 from vimnas_ds.train.summary import write_summary
@@ -40,14 +43,19 @@ class Trainer:
     """One run on this rank; `run` trains to the end. `checkpoint`: where to resume from."""
 
     def __init__(
-        self, config: RunConfig, data: JointData, ranks: Ranks, checkpoint: Path | None = None
+        self,
+        config: RunConfig,
+        data: JointData,
+        ranks: Ranks,
+        checkpoint: Path | None = None,
+        overwrite: bool = False,
     ):
         section = config.vimnas
         self.config, self.section, self.data, self.ranks = config, section, data, ranks
+        check_agreement(data.fingerprint(), "the lists of data files", ranks)
         self.files = RunFiles(section.output_dir)
         self.schedule = Schedule.build(config, data.sizes)
         self.micro_batch = config.micro_batch(ranks.world_size)
-        config.micro_batch(ranks.world_size, config.alpha_batch)  # refuse before any work
         net = build_supernet(config)
         warm_report = start_weights(net, config) if checkpoint is None else []
         self.engine = build_engine(config, ranks, net)
@@ -55,11 +63,14 @@ class Trainer:
         self.learner = AlphaLearner(space, section.alpha, section.seed, ranks)
         self.learns_alphas = section.alpha.enabled and space.size() > 1
         self.choices = ChoiceCounts()
+        self.meters = Meters(list(section.data.datasets), ranks)
         self.skipped = self.skipped_in_a_row = 0
         position = self._resume(checkpoint) if checkpoint is not None else DataCursor()
+        claim_folder(self.files, config, ranks, overwrite)  # from here on the run has begun
         is_image = {name: d.is_image for name, d in section.data.datasets.items()}
         self.drawer = Drawer(self.schedule, space, is_image, section.seed, position)
         self.loaders = Loaders(data, section.seed, ranks.rank, ranks.world_size, ranks.device)
+        self.stepper = WeightStepper(config, self.engine, self.loaders, ranks)
         self.evaluator = Evaluator(
             self.loaders,
             ranks,
@@ -67,13 +78,11 @@ class Trainer:
             section.log.eval_batch,
             section.data.cache_mb,
         )
-        self.stepper = WeightStepper(config, self.engine, self.loaders, ranks)
-        self.meters = Meters(list(section.data.datasets), ranks)
         self.board = Board(self.files.tensorboard, position.step + 1, ranks.is_main)
         total = self.schedule.total_steps
         self.console = Console(total, position.step, self.files.log, ranks.is_main)
+        self.faults = FaultReport(self.loaders, self.evaluator, self.console, self.board)
         self._unseen = set(section.data.datasets)  # datasets whose batch is still to be pictured
-        self._named_bad: set[str] = set()
         self._alpha_losses: dict[str, torch.Tensor] = {}  # the latest of each dataset
         for line in warm_report:
             self.console.say(line)
@@ -86,7 +95,9 @@ class Trainer:
         """Weight step and alpha step; returns (seconds waited for data, learning rate)."""
         name = context.dataset
         lr = self.schedule.lr(context.step)
-        result = self.stepper.step(context, lr, keep_batch=name in self._unseen)
+        result = self.stepper.step(
+            context, lr, keep_batch=self.ranks.is_main and name in self._unseen
+        )
         if self.stepper.latest is not None:
             self._unseen.discard(name)
             names = self.data.catalogs[name].class_names
@@ -110,19 +121,25 @@ class Trainer:
         waited = time.perf_counter() - started
         x = batch.x.to(self.ranks.device, self.engine.dtype)
         y = batch.y.to(self.ranks.device)
+        del batch
         self._alpha_losses[name] = self.learner.step(self.engine.net, x, y, name)
+        if not self.learner.was_applied:
+            self._skip(context, "the alpha step")
         return waited
 
     def _guard(self, context: StepContext) -> None:
         """Count skipped steps; the engine has seen to it that all ranks skip the same ones."""
         if self.engine.was_applied:
             self.skipped_in_a_row = 0
-            return
+        else:
+            self._skip(context, "the weight step")
+
+    def _skip(self, context: StepContext, what: str) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
         self.console.say(
-            f"step {context.step + 1} skipped: non-finite gradient on {context.dataset} "
-            f"with {context.archs[0]} ({self.skipped_in_a_row} in a row)"
+            f"step {context.step + 1}: {what} was skipped, non-finite gradient on "
+            f"{context.dataset} with {context.archs[0]} ({self.skipped_in_a_row} in a row)"
         )
         if self.skipped_in_a_row >= self.section.optimizer.max_skipped:
             raise TooManySkippedSteps(
@@ -144,18 +161,15 @@ class Trainer:
             f"{'bf16' if self.engine.dtype == torch.bfloat16 else 'fp32'} on "
             f"{self.ranks.device.type}, {self.loaders.workers} decoding threads per rank"
         )
-        since, steps_since, data_seconds = time.perf_counter(), 0, 0.0
+        interval = Interval(self.config.global_batch)
         while (step := self.drawer.position.step) < total:
             context = self.drawer.draw()
-            waited, lr = self.train_step(context)
+            with interval:
+                waited, lr = self.train_step(context)
+            interval.waited += waited
             done = step + 1
-            steps_since += 1
-            data_seconds += waited
-            if done % log.every == 0 or done == total or steps_since == done == 1:
-                elapsed = time.perf_counter() - since
-                rate = steps_since * self.config.global_batch / elapsed
-                self._log(context, lr, rate, data_seconds / steps_since)
-                since, steps_since, data_seconds = time.perf_counter(), 0, 0.0
+            if done % log.every == 0 or done == total or interval.is_first:
+                self._log(context, lr, interval)
             if done % log.images_every == 0 or done == total:
                 self._pictures(done)
             ends = self.schedule.is_epoch_end(step)
@@ -166,32 +180,33 @@ class Trainer:
                 self.save(done)
         return self.summarise()
 
-    def _log(self, context: StepContext, lr: float, rate: float, data_time: float) -> None:
+    def _log(self, context: StepContext, lr: float, interval: Interval) -> None:
         done = context.step + 1
-        found = self.meters.take()
-        for name, (loss, top1) in found.items():
-            self.board.train_step(done, name, loss, top1, lr, rate, data_time, self.skipped)
+        rate, waited = interval.take()
+        means: dict[str, tuple[float, float | None]] = {}
+        for name, (loss, top1) in self.meters.take().items():
+            data = self.section.data.datasets[name]
+            # with mixed labels there is no right answer to count
+            means[name] = (loss, None if data.mixup or data.cutmix else top1)
+            self.board.train_loss(done, name, *means[name])
+        self.board.train_step(done, lr, rate, waited, self.skipped)
         for name, alpha_loss in self._alpha_losses.items():
             self.board.alpha_step(done, name, float(alpha_loss))
         self._alpha_losses.clear()
-        loss, top1 = found.get(context.dataset, (float("nan"), float("nan")))
+        shown_loss, shown_top1 = means.get(context.dataset, (float("nan"), None))
         self.console.step_line(
             done,
             context.epoch,
             context.phase,
             context.dataset,
             context.archs[0],
-            loss,
-            top1,
+            shown_loss,
+            shown_top1,
             lr,
             rate,
-            data_time,
+            waited,
         )
-        for dataset, reasons in self.loaders.substitutions().items():
-            for path, reason in reasons.items():
-                if path not in self._named_bad:
-                    self._named_bad.add(path)
-                    self.console.say(f"{dataset}: {path} is unusable and replaced: {reason}")
+        self.faults.collect(done)
 
     def _pictures(self, done: int) -> None:
         self._unseen = set(self.section.data.datasets)
@@ -214,23 +229,24 @@ class Trainer:
             return {"arch": space.largest()}
         return {"largest": space.largest(), "smallest": space.smallest(), **fixed}
 
-    def score(self, arch: Arch, dataset: str, split: str) -> Score:
-        """One sub-network on one split, in eval mode, on all ranks."""
+    def scores(self, archs: Mapping[str, Arch], dataset: str, split: str) -> dict[str, Score]:
+        """Sub-networks on one split, in eval mode, in one pass over its samples, on all ranks."""
         net = self.engine.net
         net.eval()
         try:
-            return self.evaluator.score(lambda x: net(x, arch, dataset), dataset, split)
+            forwards = {k: partial(net, arch=a, dataset=dataset) for k, a in archs.items()}
+            return self.evaluator.scores(forwards, dataset, split)
         finally:
             net.train()
 
     def evaluate(self, done: int) -> None:
-        """Every fixed sub-network on every `select` split."""
+        """Every fixed sub-network on the `select` split of every dataset drawn so far."""
         parts = []
         for dataset in self.section.data.datasets:
-            scores = {}
-            for label, arch in self.subnets().items():
-                scores[label] = self.score(arch, dataset, "select")
-                s = scores[label]
+            if dataset not in self.drawer.position.consumed:
+                continue
+            scores = self.scores(self.subnets(), dataset, "select")
+            for label, s in scores.items():
                 self.board.evaluation(done, dataset, label, s.loss, s.top1, s.top5)
             shown = (f"{k} {s.top1:.1%}" for k, s in scores.items() if "fixed" not in k)
             parts.append(f"{dataset} {' '.join(shown)}")
@@ -239,13 +255,16 @@ class Trainer:
     def summarise(self) -> dict[str, Any]:
         """Scores of largest and smallest on the test splits: read here, once, and nowhere else."""
         picks = {k: a for k, a in self.subnets().items() if "fixed" not in k}
-        scores = {
-            dataset: {label: self.score(arch, dataset, "test") for label, arch in picks.items()}
-            for dataset in self.section.data.datasets
-        }
+        scores = {name: self.scores(picks, name, "test") for name in self.section.data.datasets}
+        self.faults.collect(self.schedule.total_steps)
         if not self.ranks.is_main:
             return {}
-        summary = write_summary(self.config, self.data, self.files, picks, scores, self.skipped)
+        faults = {
+            "skipped_steps": self.skipped,
+            "samples_replaced": self.faults.replaced,
+            "slow_batches": self.faults.slow_batches,
+        }
+        summary = write_summary(self.config, self.data, self.files, picks, scores, faults)
         for line in summary["table"].splitlines():
             self.console.say(line)
         return summary
@@ -259,6 +278,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "choices": self.choices.state_dict(),
             "skipped": (self.skipped, self.skipped_in_a_row),
+            "meters": self.meters.state_dict(),
             "identity": self._identity(),
         }
         keep = self.section.checkpoint.keep
@@ -274,6 +294,7 @@ class Trainer:
                 )
         self.learner.load_state_dict(state["learner"])
         self.choices.load_state_dict(state["choices"])
+        self.meters.load_state_dict(state["meters"])
         self.skipped, self.skipped_in_a_row = state["skipped"]
         return DataCursor.from_state(state["position"])
 
@@ -285,7 +306,7 @@ class Trainer:
             "arch": section.arch and section.arch.model_dump(mode="json"),
             "seed": section.seed,
             "global batch": self.config.global_batch,
-            "training files": self.data.sizes,
+            "data files": (self.data.sizes, self.data.fingerprint()),
             "tokens": section.tokens.model_dump(mode="json"),
             "qk_norm": section.model.qk_norm,
             "layer_scale": section.model.layer_scale,

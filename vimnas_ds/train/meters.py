@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -22,7 +23,17 @@ class Meters:
     def add(self, dataset: str, loss: Tensor, correct: Tensor, count: int) -> None:
         """One rank's step: mean loss over `count` samples, and how many were correct."""
         row = self._sums[self._names.index(dataset)]
-        row += torch.stack([loss.double() * count, correct.double(), row.new_tensor(count)])
+        row[0] += loss.double() * count
+        row[1] += correct
+        row[2] += count
+
+    def state_dict(self) -> torch.Tensor:
+        """The sums of all ranks (collective)."""
+        return sum_over_ranks(self._sums.clone(), self._ranks).cpu()
+
+    def load_state_dict(self, sums: torch.Tensor) -> None:
+        """Rank 0 takes all; the next `take` sums over ranks again."""
+        self._sums.copy_(sums * self._ranks.is_main)
 
     def take(self) -> dict[str, tuple[float, float]]:
         """Mean (loss, top-1) of each dataset seen, over all ranks; then starts anew."""
@@ -33,6 +44,38 @@ class Meters:
             for name, (loss, correct, count) in zip(self._names, sums, strict=True)
             if count
         }
+
+
+class Interval:
+    """Time spent in steps since the last `take`; evaluations and checkpoints do not count.
+
+    A context manager around each step; `waited` adds up the seconds waited for data.
+    """
+
+    def __init__(self, samples_per_step: int):
+        self._samples = samples_per_step
+        self._steps = self._taken = 0
+        self._seconds = self._started = self.waited = 0.0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether just one step was done in this process: it is logged, to show signs of life."""
+        return self._taken == 0 and self._steps == 1
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._seconds += time.perf_counter() - self._started
+        self._steps += 1
+
+    def take(self) -> tuple[float, float]:
+        """(samples per second, seconds waited per step); then starts anew."""
+        rate = self._steps * self._samples / max(self._seconds, 1e-9)
+        waited = self.waited / max(self._steps, 1)
+        self._taken += self._steps
+        self._steps, self._seconds, self.waited = 0, 0.0, 0.0
+        return rate, waited
 
 
 @dataclass

@@ -15,7 +15,7 @@ Cost: 28 bytes moved per active element; counts are the same on all ranks, a few
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -39,7 +39,7 @@ class Fragment:
 
 
 class SampledAdamW(torch.optim.Optimizer):
-    """A DeepSpeed client optimiser: `bind_*` after initialising, `activate` before each step.
+    """A DeepSpeed client optimiser: `bind_zero` after initialising, `activate` before each step.
 
     `named` are the supernet's parameters; those whose layout says so get weight decay.
     """
@@ -105,11 +105,6 @@ class SampledAdamW(torch.optim.Optimizer):
                     )
             self._bind(flat, fragments, [name for name, _ in mapped])
 
-    def bind_plain(self, named: Mapping[str, nn.Parameter]) -> None:
-        """Use the parameters as they are, without DeepSpeed (fp32)."""
-        for name, parameter in named.items():
-            self._bind(parameter, [Fragment(name, 0, 0, parameter.numel())], [name])
-
     def _bind(self, flat: Tensor, fragments: list[Fragment], names: list[str]) -> None:
         self._fragments[flat], self._names[flat] = fragments, names
         # eagerly: DeepSpeed links state for its checkpoints after the first group's step only
@@ -133,11 +128,7 @@ class SampledAdamW(torch.optim.Optimizer):
         self._activation = None
 
     def _find_active(self, name: str, extents: tuple[tuple[int, ...], ...]) -> np.ndarray:
-        highs = self.grids.grids[name].highs
-        return np.array(
-            [any(all(h <= e for h, e in zip(high, ext, strict=True)) for ext in extents)
-             for high in highs]
-        )  # fmt: skip
+        return np.array(self.grids.grids[name].inside(extents))
 
     def active_cells(self, name: str) -> np.ndarray | None:
         """Mask over the parameter's cells, None when it is frozen as a whole."""
@@ -238,12 +229,3 @@ def _adamw_(
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = (exp_avg_sq.sqrt() / correction).add_(group["eps"])
     weight.addcdiv_(exp_avg, denominator, value=-step_size)
-
-
-def cell_slices(grids: ParamGrids, name: str, cells: Sequence[int]) -> list[tuple[slice, ...]]:
-    """Index expressions of cells in the parameter's block view (for tests and tools)."""
-    grid = grids.grids[name]
-    return [
-        tuple(slice(lo, hi) for lo, hi in zip(grid.lows[i], grid.highs[i], strict=True))
-        for i in cells
-    ]

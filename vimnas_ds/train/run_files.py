@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from vimnas_ds.config import ConfigError, RunConfig
+from vimnas_ds.train.ranks import Ranks, gather_objects
 
 #: plain files in a checkpoint, beside DeepSpeed's shards
 WEIGHTS_FILE = "supernet.safetensors"
@@ -101,6 +105,27 @@ def config_object(config: RunConfig) -> dict[str, Any]:
     return {"about": config.about, **config.deepspeed, "vimnas": vimnas}
 
 
-def write_config(files: RunFiles, config: RunConfig) -> None:
-    files.root.mkdir(parents=True, exist_ok=True)
-    files.config.write_text(json.dumps(config_object(config), indent=2) + "\n")
+def claim_folder(files: RunFiles, config: RunConfig, ranks: Ranks, overwrite: bool) -> None:
+    """Begin a run in its folder: clear an earlier one if asked to, write config.json (collective).
+
+    Raises ConfigError when some rank does not see rank 0's files: checkpoints need a file system
+    that all nodes share.
+    """
+    token = json.dumps(config_object(config), indent=2) + "\n"
+    if ranks.is_main:
+        if overwrite:
+            files.remove()
+        files.root.mkdir(parents=True, exist_ok=True)
+        files.config.write_text(token)
+    dist.barrier()
+    deadline = time.monotonic() + 20  # network file systems show new files late
+    while not (seen := files.config.is_file() and files.config.read_text() == token):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    blind = [rank for rank, sees in enumerate(gather_objects(seen)) if not sees]
+    if blind:
+        raise ConfigError(
+            f"vimnas.output_dir {files.root}: ranks {blind} do not see rank 0's files there; it "
+            "must lie on a file system that all nodes share"
+        )

@@ -163,7 +163,7 @@ class Drawer:
             dataset = schedule.image_dataset
         else:
             rng = random.Random(f"{self.seed}/dataset/{now.cursor}")
-            names = list(schedule.sizes)
+            names = sorted(schedule.sizes)  # not in the order of the configuration's keys
             dataset = rng.choices(names, [schedule.sizes[n] for n in names])[0]
         arch = self.space.sample(random.Random(f"{self.seed}/arch/{now.cursor}"))
         return StepContext(

@@ -41,7 +41,8 @@ class WeightStepper:
         self.latest: tuple[Tensor, Tensor] | None = None
 
     def step(self, context: StepContext, lr: float, keep_batch: bool = False) -> StepResult:
-        """One optimiser step on all ranks. `keep_batch` leaves a copy of the batch in `latest`.
+        """One optimiser step on all ranks. `keep_batch` leaves a copy of its first samples
+        in `latest`.
 
         Raises RanksDisagree before the forward pass if ranks drew different things.
         """
@@ -58,7 +59,9 @@ class WeightStepper:
         torch.manual_seed(seed)
         x = batch.x.to(self.ranks.device, self.engine.dtype)
         y = batch.y.to(self.ranks.device)
-        self.latest = (x.float().clone(), y) if keep_batch else None
+        del batch  # its float32 pixels; x is all that is needed from here on
+        shown = slice(0, 8)
+        self.latest = (x[shown].float().clone(), y[shown]) if keep_batch else None
         objective = self._objectives[name]
         x, targets = objective.mix(x, y, seed)
         logits = self.engine.deepspeed(x, arch, name)

@@ -21,12 +21,12 @@ def write_summary(
     files: RunFiles,
     picks: Mapping[str, Arch],
     scores: Mapping[str, Mapping[str, Score]],
-    skipped: int,
+    faults: Mapping[str, Any],
 ) -> dict[str, Any]:
     """summary.json: datasets.NAME.chance and datasets.NAME.picks.PICK.{top1, top5, ...}.
 
     Accuracies are fractions on the test split; gflops are 1e9 MACs per input. The returned object
-    also has the printed table under "table". For rank 0 alone.
+    also has the printed table under "table"; `faults` is stored as it is. For rank 0 alone.
     """
     datasets: dict[str, Any] = {}
     rows = []
@@ -59,7 +59,7 @@ def write_summary(
     )
     summary = {
         "space": config.vimnas.space,
-        "skipped_steps": skipped,
+        **faults,
         "tensorboard": str(files.tensorboard),
         "checkpoints": str(files.checkpoints),
         "datasets": datasets,

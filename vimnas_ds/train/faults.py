@@ -1,0 +1,45 @@
+"""Broken files met by any rank, brought together: named once in the log, counted per dataset."""
+
+from __future__ import annotations
+
+from vimnas_ds.data.joint import Loaders
+from vimnas_ds.report.board import Board
+from vimnas_ds.report.console import Console
+from vimnas_ds.train.evaluate import Evaluator
+from vimnas_ds.train.ranks import gather_objects
+
+
+class FaultReport:
+    """What all ranks met: files replaced in training, left out in evaluation, slow batches."""
+
+    def __init__(self, loaders: Loaders, evaluator: Evaluator, console: Console, board: Board):
+        self._loaders, self._evaluator = loaders, evaluator
+        self._console, self._board = console, board
+        self._named: set[tuple[str, str]] = set()
+        self.replaced: dict[str, int] = {}  #: samples replaced so far, by dataset, over all ranks
+        self.slow_batches: dict[str, int] = {}  #: batches that DALI refused, likewise
+
+    def collect(self, step: int) -> None:
+        """Gather from all ranks (collective), and say on rank 0 what is new."""
+        mine = (
+            self._loaders.substitutions(),
+            self._evaluator.skipped,
+            self._loaders.replaced(),
+            self._loaders.fallbacks(),
+        )
+        self.replaced, self.slow_batches = {}, {}
+        for rank, (replaced, skipped, counts, slow) in enumerate(gather_objects(mine)):
+            for what, found in (("replaced", replaced), ("left out", skipped)):
+                for dataset, reasons in found.items():
+                    for path, reason in reasons.items():
+                        self._name(rank, what, dataset, path, reason)
+            for totals, part in ((self.replaced, counts), (self.slow_batches, slow)):
+                for dataset, count in part.items():
+                    totals[dataset] = totals.get(dataset, 0) + count
+        for dataset, count in self.replaced.items():
+            self._board.faults(step, dataset, count, self.slow_batches.get(dataset, 0))
+
+    def _name(self, rank: int, what: str, dataset: str, path: str, reason: str) -> None:
+        if (dataset, path) not in self._named:
+            self._named.add((dataset, path))
+            self._console.say(f"{dataset}: {path} is unusable and {what} (rank {rank}): {reason}")
