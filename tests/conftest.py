@@ -43,6 +43,23 @@ def build_supernet() -> Callable[..., Supernet]:
     return build
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small demo set with its configuration."""
+    from tests.runs import prepare
+
+    return prepare(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="session")
+def trained(folder: Path) -> Path:
+    """A finished fp32 run on 2 ranks."""
+    from tests.runs import train
+
+    train(folder, "fp32", "--set", "bf16.enabled=false")
+    return folder / "fp32"
+
+
 def image_batch(seed: int = 0, batch: int = 3) -> torch.Tensor:
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 

@@ -12,52 +12,18 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.launch import launch
-from vimnas_ds.data.demo import make_demo_data
+from tests.runs import RESUME_AT, train
 
 pytestmark = pytest.mark.slow
-RESUME_AT = 14
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A small demo set and a configuration with everything random switched on."""
-    root = tmp_path_factory.mktemp("training")
-    make_demo_data(out=root / "data", seed=0, train_per_class=10, test_per_class=2, workers=2)
-    config = json.loads(Path("ds_configs/demo.json").read_text())
-    config["train_batch_size"] = 16
-    section = config["vimnas"]
-    section["model"] = {"drop_path": 0.2, "qk_norm": True, "layer_scale": 0.5}
-    section["schedule"] = {"epochs": 3, "warmup": 2, "warmup_unit": "steps"}
-    section["alpha"] = {"every": 1}
-    section["log"] = {"every": 3, "images_every": 10, "eval_every": 14, "eval_subnets": 1}
-    section["checkpoint"] = {"every": RESUME_AT, "keep": 9}
-    for name, data in section["data"]["datasets"].items():
-        data["root"] = str(root / "data" / name)
-    section["data"]["datasets"]["k400"]["mixup"] = 0.3
-    section["data"]["datasets"]["k400"]["randaugment"] = {"n": 2, "m": 9, "std": 0.5}
-    (root / "config.json").write_text(json.dumps(config))
-    return root
-
-
-def train(folder: Path, name: str, *args: str, ranks: int = 2) -> str:
-    return launch(
-        "scripts/train.py",
-        "--deepspeed_config",
-        str(folder / "config.json"),
-        "--set",
-        f"vimnas.output_dir={folder / name}",
-        *args,
-        ranks=ranks,
-    )
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
-def pair(request, folder) -> tuple[Path, Path]:
+def pair(request, folder, trained) -> tuple[Path, Path]:
     """An uninterrupted run, and one resumed from its checkpoint of step 14 in another folder."""
     kind = request.param
     bf16 = ["--set", f"bf16.enabled={str(kind == 'bf16').lower()}"]
-    train(folder, kind, *bf16)
+    if kind != trained.name:
+        train(folder, kind, *bf16)
     tag = f"step{RESUME_AT:08d}"
     resumed = folder / f"{kind}-resumed"
     for part in ("tensorboard", f"checkpoints/{tag}"):

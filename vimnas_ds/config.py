@@ -415,6 +415,8 @@ ZERO_KEYS = frozenset(
 REFUSED_KEYS = {
     "optimizer": "the sampled-only AdamW is this project's own (vimnas.optimizer); DeepSpeed "
     "would silently ignore the section",
+    "train_micro_batch_size_per_gpu": "give train_batch_size (the global batch); the micro "
+    "batch is derived from the number of processes",
     "scheduler": "the learning rate follows vimnas.schedule",
     "fp16": "AutoFormer-B diverges in fp16 and the loss scaler is untested here: use bf16",
     "amp": "use bf16",
@@ -551,11 +553,6 @@ def _check_deepspeed(config: dict[str, Any]) -> None:
     batch = config.get("train_batch_size")
     if not _is_whole(batch) or batch < 1:
         raise ConfigError(f"train_batch_size must be a positive whole number, got {batch!r}")
-    if "train_micro_batch_size_per_gpu" in config:
-        raise ConfigError(
-            "train_micro_batch_size_per_gpu is refused: give train_batch_size (the global batch); "
-            "the micro batch is derived from the number of processes"
-        )
     accumulation = config.get("gradient_accumulation_steps", 1)
     if accumulation != 1 or not _is_whole(accumulation):
         raise ConfigError(
@@ -626,9 +623,9 @@ def _check_types(config: dict[str, Any]) -> None:
             raise ConfigError(
                 f'unknown key "data_types.{key}"{_nearest(key, ["grad_accum_dtype"])}'
             )
-        if value not in ("fp32", "bf16", None):
+        if value != "fp32":
             raise ConfigError(
-                f'data_types.grad_accum_dtype must be "fp32" or "bf16", got {value!r}'
+                f'data_types.grad_accum_dtype must be "fp32", got {value!r}: bf16 loses gradients'
             )
 
 
