@@ -15,7 +15,7 @@ from vimnas_ds.model.block import ModelOptions
 from vimnas_ds.model.tokens import sincos_positions, token_centres
 from vimnas_ds.ops.gates import hidden_mass, leading_mass, weighted_layer_norm
 from vimnas_ds.ops.sliced_linear import sliced_linear, sliced_linear_ref
-from vimnas_ds.space import SPACES
+from vimnas_ds.space import SPACES, Arch
 from vimnas_ds.tubes import TUBELET
 
 SPACE = SPACES["nano"]
@@ -65,24 +65,37 @@ def test_a_branch_is_linear_in_its_masses(build_supernet, decision):
     that acted twice or three times would make it a higher polynomial."""
     block = build_supernet(FULL).blocks[1]
     x = torch.randn(2, 9, 64)
-    soft = torch.tensor([0.2, 0.3, 0.5])
+    soft, other = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.4, 0.6])
     embed = leading_mass(soft, SPACE.embed_dim, 64)
+    if "heads" in decision:  # the attention branch alone: the MLP is not linear in its input
+        torch.nn.init.zeros_(block.mlp.fc2.weight)
+        torch.nn.init.zeros_(block.mlp.fc2.bias)
 
     def branch(p: torch.Tensor) -> torch.Tensor:
-        heads = leading_mass(p if "heads" in decision else torch.tensor([0.4, 0.6]), (1, 2), 2)
-        ratio = p if "ratio" in decision else torch.tensor([0.4, 0.6])
+        heads = leading_mass(p if "heads" in decision else other, (1, 2), 2)
+        ratio = p if "ratio" in decision else other
         hidden = hidden_mass(soft, ratio, SPACE.embed_dim, (2, 4), 256)
-        if "heads" in decision:  # the attention branch alone: the MLP is not linear in its input
-            qkv = block.attn.qkv.forward_frozen(block.norm1.forward_frozen(x, embed))
-            block.mlp.fc2.weight.data.zero_()
-            block.mlp.fc2.bias.data.zero_()
-            assert qkv.shape[-1] == 96
         return block.forward_superposed(x, embed, heads, hidden)
 
     ends = [branch(torch.tensor(p)) for p in ([1.0, 0.0], [0.0, 1.0])]
     mixed = branch(torch.tensor([0.3, 0.7]))
     assert_close(mixed, 0.3 * ends[0] + 0.7 * ends[1], atol=1e-5, rtol=1e-5)
     assert (ends[0] - ends[1]).abs().max() > 1e-2
+
+
+def test_depth_mixes_the_states_after_each_candidate_depth(build_supernet):
+    """Final norm after mixing: the pooled features are the norm's of the weighted states."""
+    net, x = build_supernet(FULL), clip_batch()
+    largest = SPACE.largest()
+    p = {**one_hot(SPACE, largest), "depth": torch.tensor([0.3, 0.7])}
+    states = []
+    hook = net.norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    for depth in SPACE.depth:
+        net(x, Arch.uniform(64, depth, 2, 4), "k400")
+    hook.remove()
+    mixed = 0.3 * states[0] + 0.7 * states[1]
+    expected = net.heads["k400"](net.norm(mixed).mean(1), 5)
+    assert_close(net.superposed(x, p, "k400"), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gates_equal_padded_weight_mixture():

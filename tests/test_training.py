@@ -118,3 +118,35 @@ def test_a_run_is_never_mixed_with_an_older_one(folder, pair):
         train(folder, pair[0].name, ranks=1)
     with pytest.raises(AssertionError, match="was saved by 2 ranks, this run has 1"):
         train(folder, pair[0].name, "--resume", ranks=1)
+
+
+def test_broken_videos_are_replaced_named_and_counted_and_too_many_stop_the_run(folder, tmp_path):
+    """On rank 1 as well as on rank 0, in training and in the log, and the run goes on."""
+    data = tmp_path / "k400"
+    shutil.copytree(folder / "data" / "k400", data)
+    clips = sorted((data / "train").rglob("*.mp4"))
+    for clip in clips[::20]:
+        clip.write_bytes(clip.read_bytes()[:200])
+    only = ["--set", "vimnas.schedule.epochs=2", "--set", f"vimnas.data.k400.root={data}"]
+    train(folder, "broken", *only, "--set", "vimnas.data.max_bad_share=0.5")
+    log = (folder / "broken" / "train.log").read_text()
+    named = set(re.findall(r"k400: (\S+\.mp4) is unusable and (?:replaced|left out)", log))
+    broken = {str(c.relative_to(data)) for c in clips[::20]}
+    assert named
+    assert named <= broken
+    summary = json.loads((folder / "broken" / "summary.json").read_text())
+    assert summary["samples_replaced"]["k400"] >= 1
+    assert summary["samples_replaced"]["imagenet"] == 0
+    for clip in clips:
+        clip.write_bytes(b"")
+    with pytest.raises(AssertionError, match=r"rank \d stopped: .*k400"):
+        train(folder, "rotten", *only)
+
+
+def test_non_finite_steps_are_skipped_and_stop_the_run_after_the_set_number(folder):
+    """A learning rate that makes everything overflow: skipped, counted, stopped with words."""
+    args = ["--set", "vimnas.schedule.lr=1e30", "--set", "vimnas.optimizer.max_skipped=3"]
+    with pytest.raises(AssertionError, match=r"non-finite gradients.*lower the learning rate"):
+        train(folder, "nan", *args, ranks=1)
+    log = (folder / "nan" / "train.log").read_text()
+    assert re.findall(r"\((\d) in a row\)", log)[-3:] == ["1", "2", "3"]
