@@ -33,8 +33,8 @@ def drops_figure(drops: Sequence[tuple[str, Mapping[float, float], float]]) -> F
             text = f"{choice:g}: {100 * value:+.2f}"
             weight = "bold" if choice == kept else "normal"
             ink = "white" if abs(value) > 0.6 * most else "black"
-            place = {"ha": "center", "va": "center", "fontsize": 8}
-            axes.text(column, row, text, color=ink, weight=weight, **place)
+            label = axes.text(column, row, text, ha="center", va="center", fontsize=8)
+            label.set(color=ink, weight=weight)
             if choice == kept:
                 corner = (column - 0.48, row - 0.46)
                 axes.add_patch(Rectangle(corner, 0.96, 0.92, fill=False, linewidth=1.6))
