@@ -30,11 +30,12 @@ import make_demo_data
 import perturb_select
 
 from vimnas_ds.arch_file import read_arch
+from vimnas_ds.config import ConfigError
 from vimnas_ds.predict import classify
 from vimnas_ds.report.console import format_table
-from vimnas_ds.search.cli import Progress, run_script
+from vimnas_ds.search.cli import Progress, run_script, say_left_out
 from vimnas_ds.search.constraints import Constraints, Range
-from vimnas_ds.search.evolve import random_of_same_size
+from vimnas_ds.search.evolve import sample_distinct
 from vimnas_ds.search.multiview import MultiViewEvaluator
 from vimnas_ds.search.run import SearchRun, open_run
 from vimnas_ds.space import Arch
@@ -96,42 +97,50 @@ def train(ranks: int) -> None:
         sys.exit(code)
 
 
-def choose(run: SearchRun, seed: int) -> dict[str, list[Arch]]:
-    """The picks; the random ones have the evolved one's budget and at least 0.8 of its size."""
+def choose(run: SearchRun, seed: int) -> tuple[dict[str, list[Arch]], str]:
+    """The picks, and in words how large the random ones are: within 5 % of the evolved one's
+    parameters and of its budget, or within more where there are too few."""
     space, root = run.net.space, run.files.root
-    evolved = read_arch(root / "evolution" / "arch.json")
-    first = run.datasets[0]
-    size = cost_of(run.config, evolved, first)[0]
-    same_size = Constraints([Range("params", first, 0.8 * size, BUDGET)], run.config, space)
-    rng = random.Random(f"{seed}/controls")
-    return {
+    evolved = read_arch(root / "evolution" / "arch.json", space)
+    perturbed = read_arch(root / "perturbation" / "arch.json", space)
+    picks = {
         "largest": [space.largest()],
         "smallest": [space.smallest()],
-        "perturbation": [read_arch(root / "perturbation" / "arch.json")],
+        "perturbation": [perturbed],
         "evolution": [evolved],
-        "random": random_of_same_size(same_size, CONTROLS, evolved, rng),
     }
+    first, rng = run.datasets[0], random.Random(f"{seed}/controls")
+    size = cost_of(run.config, evolved, first)[0]
+    for percent in (5, 10, 20, 40):
+        low, high = size * (1 - percent / 100), min(size * (1 + percent / 100), BUDGET)
+        alike = Constraints([Range("params", first, low, high)], run.config, space)
+        found = sample_distinct(alike, CONTROLS, [evolved, perturbed], rng)
+        if len(found) == CONTROLS:
+            break
+    if not found:
+        raise ConfigError(f"no other sub-network within 40 % of {size:,} parameters")
+    words = f"{len(found)} within {percent} % of the evolved one's {size:,} parameters"
+    return {**picks, "random": found}, words
 
 
 def report(run: SearchRun, seed: int) -> None:
     """Score every pick on the test splits; print the table and write summary.json."""
-    picks = choose(run, seed)
+    picks, alike = choose(run, seed)
     say("test splits")
     evaluator = MultiViewEvaluator(run)
     unique = list(dict.fromkeys(a for archs in picks.values() for a in archs))
-    progress = Progress(len(unique) * len(run.datasets), "test", 1, True)
+    views = sum(len(evaluator.views(name)) for name in run.datasets)
+    progress = Progress(views, "test", 1, True)
     top1: dict[tuple[Arch, str], float] = {}
     counts: dict[str, int] = {}
-    for arch in unique:
-        for name in run.datasets:
-            score = evaluator.score(
-                partial(run.net, arch=arch, dataset=name),
-                name,
-                "test",
-                progress,
-            )
+    for name in run.datasets:
+        forwards = {a.to_json(): partial(run.net, arch=a, dataset=name) for a in unique}
+        scores = evaluator.scores(forwards, name, "test", progress)
+        for arch in unique:
+            score = scores[arch.to_json()]
             top1[arch, name], counts[name] = score.top1, score.count
     progress.close()
+    say_left_out(evaluator.skipped)
     evaluator.close()
     datasets: dict[str, Any] = {}
     rows = []
@@ -163,8 +172,8 @@ def report(run: SearchRun, seed: int) -> None:
     files.summary.write_text(json.dumps(summary, indent=2) + "\n")
     print(format_table(["dataset", "chance", "pick", "top-1", "params", "GFLOPs"], rows))
     print(
-        f"(test splits; random: mean and standard error of {len(picks['random'])} of the evolved "
-        "one's size; GFLOPs: 1e9 multiply-accumulates per input)"
+        f"(test splits; random: mean and standard error of {alike}; GFLOPs: 1e9 "
+        "multiply-accumulates per input)"
     )
 
 

@@ -6,25 +6,35 @@
 
 Several views a sample, softmax averaged: Kinetics 4 clips x 3 crops, SSV2 2 x 3, images one centre
 crop (vimnas.data.NAME.test_clips, test_crops). Prints top-1, top-5, params and GFLOPs per view x
-views, and writes them to RUN/evaluation.json.
+views, and writes them to RUN/evaluation.json and .csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vimnas_ds.arch_file import named_arch
 from vimnas_ds.report.console import format_table
-from vimnas_ds.search.cli import Progress, build_parser, choose_datasets, run_script
+from vimnas_ds.search.cli import (
+    Progress,
+    build_parser,
+    choose_datasets,
+    run_script,
+    say_left_out,
+)
 from vimnas_ds.search.multiview import MultiViewEvaluator
 from vimnas_ds.search.run import open_run
+from vimnas_ds.space import Arch
 from vimnas_ds.train.dry_run import cost_of
-from vimnas_ds.train.ranks import start_ranks
+from vimnas_ds.train.ranks import SEARCH_TIMEOUT, start_ranks
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,49 +54,59 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    ranks = start_ranks(engine=False)
+    ranks = start_ranks(SEARCH_TIMEOUT, engine=False)
     run = open_run(args.checkpoint, ranks, args.set)
     datasets = choose_datasets(run, args.datasets)
     archs = {name: named_arch(name, run.net.space) for name in args.arch}
+    out = args.out or run.files.root / "evaluation.json"
+    if ranks.is_main:
+        out.parent.mkdir(parents=True, exist_ok=True)
     evaluator = MultiViewEvaluator(run, args.single_view)
     views = sum(len(evaluator.views(name)) for name in datasets)
-    progress = Progress(len(archs) * views, "evaluation", 1, ranks.is_main)
-    rows: list[list[str]] = []
-    results: dict[str, Any] = {}
-    for label, arch in archs.items():
-        results[label] = {"arch": json.loads(arch.to_json()), "datasets": {}}
-        for name in datasets:
-            score = evaluator.score(
-                partial(run.net, arch=arch, dataset=name),
-                name,
-                args.split,
-                progress,
-            )
-            params, gflops = cost_of(run.config, arch, name)
-            results[label]["datasets"][name] = {
-                "top1": score.top1,
-                "top5": score.top5,
-                "count": score.count,
-                "views": score.views,
-                "params": params,
-                "gflops_per_view": gflops,
-            }
-            cost = f"{gflops:.4g} x {score.views}"
-            top = [f"{score.top1:.1%}", f"{score.top5:.1%}"]
-            rows.append([Path(label).parent.name or label, name, *top, f"{params:,}", cost])
+    progress = Progress(views, "evaluation", 1, ranks.is_main)
+    rows: list[dict[str, Any]] = []
+    for name in datasets:
+        forwards = {k: partial(run.net, arch=a, dataset=name) for k, a in archs.items()}
+        for label, score in evaluator.scores(forwards, name, args.split, progress).items():
+            params, gflops = cost_of(run.config, archs[label], name)
+            row = {"sub-network": label, "dataset": name, **asdict(score)}
+            rows.append({**row, "params": params, "gflops_per_view": gflops})
     progress.close()
     if ranks.is_main:
-        out = args.out or run.files.root / "evaluation.json"
-        out.write_text(json.dumps({"split": args.split, "archs": results}, indent=2) + "\n")
-        head = ["sub-network", "dataset", "top-1", "top-5", "params", "GFLOPs x views"]
-        print(format_table(head, rows))
+        write(out, rows, archs, args.split)
+        print(describe(rows))
         print(f"({args.split} split; written to {out})")
-    for name, reasons in evaluator.skipped.items():
-        for path, reason in reasons.items():
-            print(f"left out: {name}: {path}: {reason}", file=sys.stderr)
+    say_left_out(evaluator.skipped)
     evaluator.close()
     run.close()
     return 0
+
+
+def write(out: Path, rows: list[dict[str, Any]], archs: Mapping[str, Arch], split: str) -> None:
+    """JSON by sub-network and dataset, and beside it a CSV with one row for each."""
+    found: dict[str, Any] = {
+        label: {"arch": json.loads(arch.to_json()), "datasets": {}} for label, arch in archs.items()
+    }
+    for row in rows:
+        values = {k: v for k, v in row.items() if k not in ("sub-network", "dataset")}
+        found[row["sub-network"]]["datasets"][row["dataset"]] = values
+    out.write_text(json.dumps({"split": split, "archs": found}, indent=2) + "\n")
+    with out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def describe(rows: list[dict[str, Any]]) -> str:
+    """One row a sub-network and dataset; a file stands for its folder's name."""
+    head = ["sub-network", "dataset", "top-1", "top-5", "params", "GFLOPs x views"]
+    lines = []
+    for r in rows:
+        label = Path(r["sub-network"]).parent.name or r["sub-network"]
+        tops = [f"{r['top1']:.1%}", f"{r['top5']:.1%}"]
+        cost = f"{r['gflops_per_view']:.4g} x {r['views']}"
+        lines.append([label, r["dataset"], *tops, f"{r['params']:,}", cost])
+    return format_table(head, lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,15 +22,27 @@ from vimnas_ds.search.cli import (
     Progress,
     add_search_arguments,
     build_parser,
+    check_samples,
     choose_datasets,
     run_script,
+    say_left_out,
 )
 from vimnas_ds.search.constraints import Constraints, parse_range
 from vimnas_ds.search.evolve import Evolution, EvolutionOptions, Generation
 from vimnas_ds.search.results import result_object, write_result
 from vimnas_ds.search.run import open_run
 from vimnas_ds.search.scoring import ArchScorer, EvaluationLog
-from vimnas_ds.train.ranks import start_ranks
+from vimnas_ds.train.ranks import SEARCH_TIMEOUT, start_ranks
+
+HELP = {
+    "population": "sub-networks of the first generation",
+    "generations": "generations, the first included",
+    "top_k": "best ones so far that become parents",
+    "crossovers": "children of two parents per generation",
+    "mutations": "mutated parents per generation",
+    "depth_probability": "probability that a mutation changes depth, and that it changes embed_dim",
+    "block_probability": "probability that a mutation changes a layer's block",
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -45,10 +57,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             help="a constraint (repeatable; all must hold)",
         )
     defaults = EvolutionOptions()
-    for name in ("population", "generations", "top_k", "crossovers", "mutations"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
-    for name in ("depth_probability", "block_probability"):
-        parser.add_argument(f"--{name}", type=float, default=getattr(defaults, name))
+    for name, text in HELP.items():
+        default = getattr(defaults, name)
+        kind = type(default)
+        text = f"{text} (default {default})"
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
     return parser.parse_args(argv)
 
 
@@ -62,15 +75,17 @@ def search(args: argparse.Namespace) -> int:
         args.depth_probability,
         args.block_probability,
     )
-    ranks = start_ranks(engine=False)
-    run = open_run(args.checkpoint, ranks, args.set)
+    check_samples(args.samples)
+    ranks = start_ranks(SEARCH_TIMEOUT, engine=False)
+    run = open_run(args.checkpoint, ranks, args.set, args.samples)
     datasets = choose_datasets(run, args.datasets)
-    ranges = [parse_range("params", text, datasets) for text in args.params]
-    ranges += [parse_range("gflops", text, datasets) for text in args.gflops]
+    ranges = [parse_range("params", text, run.datasets) for text in args.params]
+    ranges += [parse_range("gflops", text, run.datasets) for text in args.gflops]
     constraints = Constraints(ranges, run.config, run.net.space)
     folder = args.out or run.files.root / "evolution"
     log = EvaluationLog(folder / "evaluations.csv", datasets, ranks.is_main)
-    board = SearchBoard(run.files.tensorboard / "evolution", ranks.is_main)
+    where = args.out or run.files.tensorboard / "evolution"
+    board = SearchBoard(where) if ranks.is_main else None
     scorer = ArchScorer(run, log, datasets)
     evolution = Evolution(scorer, constraints, options, args.seed)
     most = options.population + (options.generations - 1) * (options.crossovers + options.mutations)
@@ -78,10 +93,11 @@ def search(args: argparse.Namespace) -> int:
     history = []
     for generation in evolution.generations(progress):
         history.append(generation)
-        board.scalars(spread(generation), generation.number)
+        if board is not None:
+            board.scalars(spread(generation), generation.number)
     progress.close()
     best = evolution.ranked()[0]
-    if ranks.is_main:
+    if board is not None:
         details = {
             "constraints": [str(r) for r in ranges],
             "evaluated": len(scorer.scores),
@@ -94,10 +110,13 @@ def search(args: argparse.Namespace) -> int:
         title = f"{len(ranked)} candidates; {'; '.join(map(str, ranges)) or 'no constraint'}"
         accuracies = [scorer.scores[a].accuracy for a in ranked]
         board.figure("score_against_params", candidates_figure(params, accuracies, 0, title))
+        board.close()
         print(describe(history))
+        if len(history) < options.generations:
+            print(f"stopped after {len(history)} generations: no new sub-network was found")
         print(f"best of {len(scorer.scores)}: {best}")
         print(f"mean top-1 on select {scorer.scores[best].accuracy:.1%}; written to {folder}")
-    board.close()
+        say_left_out(run.left_out())
     run.close()
     return 0
 

@@ -14,23 +14,27 @@ not read. Exit code 2: the checkpoint, the data or an argument cannot be used.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 
+from vimnas_ds.config import ConfigError
 from vimnas_ds.report.console import format_table
 from vimnas_ds.report.search_board import SearchBoard, drops_figure
 from vimnas_ds.search.cli import (
     Progress,
     add_search_arguments,
     build_parser,
+    check_samples,
     choose_datasets,
     run_script,
+    say_left_out,
 )
 from vimnas_ds.search.perturb import Decision, PerturbationSearch
 from vimnas_ds.search.results import result_object, write_result
 from vimnas_ds.search.run import open_run
 from vimnas_ds.search.scoring import ArchScorer, EvaluationLog
 from vimnas_ds.search.tune import Tuner
-from vimnas_ds.train.ranks import start_ranks
+from vimnas_ds.train.ranks import SEARCH_TIMEOUT, start_ranks
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -43,7 +47,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="keep the choice whose removal costs most, or drop the least costly until one is left",
     )
     parser.add_argument(
-        "--order", choices=("as_listed", "from_the_input", "random"), default="as_listed"
+        "--order",
+        choices=("as_listed", "from_the_input", "random"),
+        default="as_listed",
+        help="embed_dim, depth, then the layers; the layers upwards and depth last; or shuffled",
     )
     parser.add_argument(
         "--alphas",
@@ -52,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="probabilities: softmax of the learned alphas, or uniform",
     )
     parser.add_argument(
-        "--tune_steps", type=int, default=0, help="training steps after each decision"
+        "--tune_steps", type=int, default=0, help="training steps between decisions"
     )
     parser.add_argument(
         "--tune_lr", type=float, help="their learning rate; default: a tenth of the run's peak"
@@ -61,41 +68,54 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def search(args: argparse.Namespace) -> int:
-    ranks = start_ranks(engine=args.tune_steps > 0)
-    run = open_run(args.checkpoint, ranks, args.set)
+    check_samples(args.samples)
+    if args.tune_steps < 0:
+        raise ConfigError(f"--tune_steps must be at least 0, got {args.tune_steps}")
+    ranks = start_ranks(SEARCH_TIMEOUT, engine=args.tune_steps > 0)
+    run = open_run(args.checkpoint, ranks, args.set, args.samples)
     datasets = choose_datasets(run, args.datasets)
     folder = args.out or run.files.root / "perturbation"
+    lr = run.config.vimnas.peak_lr / 10 if args.tune_lr is None else args.tune_lr
+    original = run.net
+    tuner = None
+    if args.tune_steps:
+        run.net = copy.deepcopy(original)  # the pick is scored with the checkpoint's own weights
+        tuner = Tuner(run, args.tune_steps, lr, lambda: None)
     log = EvaluationLog(folder / "evaluations.csv", datasets, ranks.is_main)
-    board = SearchBoard(run.files.tensorboard / "perturbation", ranks.is_main)
     alphas = run.alphas if args.alphas == "learned" else None
-    chooser = PerturbationSearch(run, log, datasets, alphas, args.rule, args.order, args.seed)
-    steps = args.tune_steps * len(chooser.ordered())
+    chooser = PerturbationSearch(
+        run, log, datasets, alphas, args.rule, args.order, args.seed, tuner
+    )
     evaluations = Progress(
         chooser.num_evaluations(), "perturbation", ranks.world_size, ranks.is_main
     )
-    tuning = Progress(steps, "tuning", 1, ranks.is_main and steps > 0)
-    if args.tune_steps:
-        lr = args.tune_lr or run.config.vimnas.peak_lr / 10
-        chooser.tune = Tuner(run, args.tune_steps, lr, tuning)
     decisions = list(chooser.decide_all(evaluations))
     evaluations.close()
-    tuning.close()
     arch = chooser.state.arch()
+    details: dict[str, object] = {
+        "rule": args.rule,
+        "order": args.order,
+        "alphas": args.alphas,
+        "tune_steps": args.tune_steps,
+        "decisions": [d.to_json() for d in decisions],
+    }
+    if tuner is not None:
+        tuned = ArchScorer(run, log, datasets).score_all("tuned", [arch], lambda: None)[0]
+        details |= {"tune_lr": lr, "accuracy_tuned": tuned.accuracy}
+        tuner.close()
+        run.net = original
     scored = ArchScorer(run, log, datasets).score_all("picked", [arch], lambda: None)[0]
     if ranks.is_main:
-        details = {
-            "rule": args.rule,
-            "order": args.order,
-            "alphas": args.alphas,
-            "tune_steps": args.tune_steps,
-            "decisions": [d.to_json() for d in decisions],
-        }
         write_result(folder, result_object(run, "perturbation", arch, scored, details))
+        board = SearchBoard(args.out or run.files.tensorboard / "perturbation")
         if decisions:
             board.figure("drops", drops_figure([(d.name, d.drop, d.kept) for d in decisions]))
+        board.close()
         print(describe(decisions))
+        unsure = sum(d.in_noise for d in decisions)
+        print(f"{unsure} of {len(decisions)} decisions are within two standard errors of the noise")
         print(f"picked: {arch}\nmean top-1 on select {scored.accuracy:.1%}; written to {folder}")
-    board.close()
+        say_left_out(run.left_out())
     run.close()
     return 0
 

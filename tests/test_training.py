@@ -96,7 +96,7 @@ def test_draws_are_the_same_on_one_rank_and_two(folder, pair):
     if not (folder / "one").exists():
         train(folder, "one", "--set", "vimnas.alpha.enabled=false", ranks=1)
     two = draws(pair[0])
-    assert len(two) > 30
+    assert len(two) > 12
     assert draws(folder / "one") == two
     assert {phase for _, phase, *_ in two} == {"image", "joint"}
 
@@ -130,7 +130,7 @@ def test_broken_videos_are_replaced_named_and_counted_and_too_many_stop_the_run(
     only = ["--set", "vimnas.schedule.epochs=2", "--set", f"vimnas.data.k400.root={data}"]
     train(folder, "broken", *only, "--set", "vimnas.data.max_bad_share=0.5")
     log = (folder / "broken" / "train.log").read_text()
-    named = set(re.findall(r"k400: (\S+\.mp4) is unusable and (?:replaced|left out)", log))
+    named = set(re.findall(r"k400: (\S.*\.mp4) is unusable and (?:replaced|left out)", log))
     broken = {str(c.relative_to(data)) for c in clips[::20]}
     assert named
     assert named <= broken

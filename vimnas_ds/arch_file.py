@@ -16,7 +16,7 @@ def read_arch(path: Path, space: SearchSpace | None = None) -> Arch:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as err:
+    except (OSError, ValueError) as err:
         raise ConfigError(f"cannot read the architecture {path}: {err}") from err
     if isinstance(content, dict) and "arch" in content:
         content = content["arch"]

@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vimnas_ds.model.block import ModelOptions
@@ -24,8 +26,19 @@ from vimnas_ds.space import Arch
 from vimnas_ds.tubes import TokenGeometry, Tube
 
 FORMAT = "vimnas_ds sub-network 1"
-#: ImageNet's channel statistics, in [0, 1]
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: ImageNet's channel statistics, for values in [0, 1]
+_NORMALISE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_HOW = (
+    "RGB, upright (EXIF, rotation metadata applied); for video `frames` frames at `fps`, the frame "
+    "shown at time t being the last with a time stamp <= t, from the middle of the video, the last "
+    "frame repeated where it is short; shorter side resized to `resize` (antialiased bilinear), "
+    "centre crop of `size`, divided by 255, minus mean, divided by std"
+)
+
+
+_MISFITS = (
+    KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError,
+)  # fmt: skip
 
 
 class ExportError(ValueError):
@@ -64,7 +77,7 @@ def export_subnet(
         name: [*names, *(f"class {i}" for i in range(len(names), arch["num_classes"][name]))]
         for name, names in labels.items()
     }
-    steps = {name: {**p, "mean": MEAN, "std": STD} for name, p in preprocess.items()}
+    steps = {name: {**p, **_NORMALISE, "how": _HOW} for name, p in preprocess.items()}
     for file, content in (("arch", arch), ("labels", named), ("preprocess", steps)):
         (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -73,7 +86,7 @@ def read_json(folder: Path, name: str) -> Any:
     """One of the export's JSON files. Raises ExportError in words."""
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as err:
+    except (OSError, ValueError) as err:
         raise ExportError(f"{folder} is not an exported sub-network: {name}: {err}") from err
 
 
@@ -95,15 +108,18 @@ def load_subnet(folder: str | Path) -> SubNetwork:
         options = ModelOptions(
             qk_norm=about["qk_norm"], layer_scale=1.0 if about["layer_scale"] else None
         )
-        net = SubNetwork(
-            arch,
-            about["head_dim"],
-            TokenGeometry(tubes, about["image_tube"]),
-            about["num_classes"],
-            options,
-            about["position_dim"],
-        )
-        net.load_state_dict(load_file(str(folder / "model.safetensors")))
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as err:
+        if not 0 <= about["image_tube"] < len(tubes):
+            raise ValueError(f"image_tube {about['image_tube']} is not one of {len(tubes)} tubes")
+        with torch.device("meta"):  # takes no memory: the file alone decides how much is loaded
+            net = SubNetwork(
+                arch,
+                about["head_dim"],
+                TokenGeometry(tubes, about["image_tube"]),
+                about["num_classes"],
+                options,
+                about["position_dim"],
+            )
+        net.load_state_dict(load_file(str(folder / "model.safetensors")), assign=True)
+    except _MISFITS as err:
         raise ExportError(f"{folder}: arch.json and model.safetensors do not fit: {err}") from err
     return net.eval()

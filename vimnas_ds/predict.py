@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from vimnas_ds.data.bad import BadFile
 from vimnas_ds.data.decode import read_clip
-from vimnas_ds.export import load_subnet, read_json
+from vimnas_ds.export import ExportError, load_subnet, read_json
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,16 @@ class Prediction:
 
 
 def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
-    """A file as the network's input: (1, 3, H, W) or (1, 3, T, H, W), float32."""
+    """A file as the network's input: (1, 3, H, W) or (1, 3, T, H, W), float32.
+
+    Raises BadFile for a file that cannot be decoded.
+    """
     if steps["frames"] is None:
-        with Image.open(file) as picture:
-            pixels = np.asarray(picture.convert("RGB"))[None]
+        try:
+            with Image.open(file) as picture:
+                pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
+        except (OSError, ValueError) as err:
+            raise BadFile(str(file), f"not a readable picture: {err}") from err
     else:
         pixels = read_clip(file, steps["frames"], steps["fps"], 0.5)
     x = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float()  # (T, 3, H, W)
@@ -51,14 +58,24 @@ def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
 def classify(folder: str | Path, file: str | Path, dataset: str, top: int = 5) -> Prediction:
     """The `top` most probable classes of `file`, by the head of `dataset`.
 
-    Raises ExportError for a bad export, ValueError for a dataset it has no head for, BadVideo for a
-    file that cannot be decoded.
+    Raises ExportError for a bad export or a dataset it has no head for, BadFile for a file that
+    cannot be decoded.
     """
     folder = Path(folder)
-    net, labels = load_subnet(folder), read_json(folder, "labels.json")
-    if dataset not in labels:
-        raise ValueError(f"{folder} has no head {dataset!r}; it has {', '.join(labels)}")
-    x = read_input(Path(file), read_json(folder, "preprocess.json")[dataset])
-    best = net(x, dataset).softmax(-1)[0].topk(min(top, len(labels[dataset])))
-    names = tuple(labels[dataset][i] for i in best.indices.tolist())
-    return Prediction(names, tuple(best.values.tolist()))
+    net, labels, steps = (
+        load_subnet(folder),
+        read_json(folder, "labels.json"),
+        read_json(folder, "preprocess.json"),
+    )
+    if dataset not in net.heads:
+        raise ExportError(f"{folder} has no head {dataset!r}; it has {', '.join(net.heads)}")
+    try:
+        names, plan = list(labels[dataset]), steps[dataset]
+        x = read_input(Path(file), plan)
+        best = net(x, dataset).softmax(-1)[0].topk(max(1, min(top, len(names))))
+        chosen = tuple(str(names[i]) for i in best.indices.tolist())
+    except (KeyError, IndexError, TypeError) as err:
+        raise ExportError(
+            f"{folder}: labels.json or preprocess.json does not fit: {err!r}"
+        ) from err
+    return Prediction(chosen, tuple(best.values.tolist()))

@@ -8,6 +8,7 @@ Nothing here knows torch.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -27,7 +28,10 @@ class Arch:
 
     def __post_init__(self) -> None:
         # 3.0 and 3 are one choice: without this, equal architectures would print differently.
-        object.__setattr__(self, "num_heads", tuple(int(h) for h in self.num_heads))
+        object.__setattr__(self, "embed_dim", _whole("embed_dim", self.embed_dim))
+        object.__setattr__(self, "depth", _whole("depth", self.depth))
+        heads = tuple(_whole("num_heads", h) for h in self.num_heads)
+        object.__setattr__(self, "num_heads", heads)
         object.__setattr__(self, "mlp_ratio", tuple(float(r) for r in self.mlp_ratio))
         if not len(self.num_heads) == len(self.mlp_ratio) == self.depth:
             raise ValueError(
@@ -74,6 +78,12 @@ class Arch:
         heads = ",".join(map(str, self.num_heads))
         ratios = ",".join(f"{r:g}" for r in self.mlp_ratio)
         return f"d{self.depth} e{self.embed_dim} h[{heads}] r[{ratios}]"
+
+
+def _whole(name: str, value: float) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"{name} must be whole numbers, got {value!r}")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -182,6 +192,13 @@ class SearchSpace:
         """Number of distinct sub-networks, exactly."""
         per_layer = [len(h) * len(r) for h, r in zip(self.num_heads, self.mlp_ratio, strict=True)]
         return len(self.embed_dim) * sum(math.prod(per_layer[:d]) for d in self.depth)
+
+    def members(self) -> Iterator[Arch]:
+        """All of them: for small spaces only (see `size`)."""
+        for embed_dim, depth in itertools.product(self.embed_dim, self.depth):
+            for heads in itertools.product(*self.num_heads[:depth]):
+                for ratios in itertools.product(*self.mlp_ratio[:depth]):
+                    yield Arch(embed_dim, depth, heads, ratios)
 
     def neighbours(self, arch: Arch) -> Iterator[Arch]:
         """All members one decision away. A deeper neighbour's new layers take their largest

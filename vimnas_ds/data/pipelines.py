@@ -97,12 +97,7 @@ def build_eval_pipeline(
 
     Inputs: `encoded` or `frames` (whole), `numbers` for nvdec, and `place` float32 (2,), where the
     crop lies in what is left over in height and width (0.5: central).
-
-    Raises:
-        ValueError: the shorter side after resizing is smaller than the crop.
     """
-    if section.test_resize < section.size:
-        raise ValueError(f"resize {section.test_resize} is smaller than size {section.size}")
 
     @pipeline_def
     def graph() -> DataNode:

@@ -1,13 +1,12 @@
 """TensorBoard of the searches: drops per decision, generations, every candidate against its size.
 
-Written under the run's own tensorboard folder, one subfolder a search, replaced by the next one of
-its kind: `tensorboard --logdir RUN/tensorboard` shows training and searches side by side.
+By default they lie under the run's own tensorboard folder, one subfolder a search, replaced by the
+next one of its kind: `tensorboard --logdir RUN/tensorboard` shows training and searches together.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -61,23 +60,19 @@ def candidates_figure(
 
 
 class SearchBoard:
-    """Event files of one search; does nothing where `enabled` is false."""
+    """Event files of one search, replacing an earlier search's in `folder`. For rank 0 alone."""
 
-    def __init__(self, folder: Path, enabled: bool):
-        self._writer: SummaryWriter | None = None
-        if enabled:
-            shutil.rmtree(folder, ignore_errors=True)
-            self._writer = SummaryWriter(str(folder))
+    def __init__(self, folder: Path):
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = SummaryWriter(str(folder))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        if self._writer is not None:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
 
     def figure(self, tag: str, figure: Figure, step: int = 0) -> None:
-        if self._writer is not None:
-            self._writer.add_image(tag, render(figure), step, dataformats="HWC")
+        self._writer.add_image(tag, render(figure), step, dataformats="HWC")
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()

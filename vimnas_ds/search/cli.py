@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from vimnas_ds.config import ConfigError
-from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyBadFiles
+from vimnas_ds.data.bad import BadAnnotations, BadFile, DataMissing, TooManyBadFiles
 from vimnas_ds.export import ExportError
-from vimnas_ds.search.run import SearchRun
+from vimnas_ds.search.run import TrainedNetwork
+from vimnas_ds.train.ranks import RanksDisagree
 
 
 def build_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -47,18 +48,37 @@ def add_search_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
         metavar="NAME",
         help="datasets whose mean accuracy counts; default: all of the run",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything random in the search")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="at most N samples of each select split, classes in turn; default: all",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help=f"where results go; default: RUN/{folder}"
     )
 
 
-def choose_datasets(run: SearchRun, names: Sequence[str] | None) -> tuple[str, ...]:
+def choose_datasets(run: TrainedNetwork, names: Sequence[str] | None) -> tuple[str, ...]:
     """The named datasets, all by default. Raises ConfigError for one the run does not have."""
     for name in names or ():
         if name not in run.datasets:
             raise ConfigError(f"--datasets {name}: this run has {', '.join(run.datasets)}")
     return tuple(names) if names else run.datasets
+
+
+def check_samples(count: int | None) -> None:
+    """Raises ConfigError for a number of samples that is none."""
+    if count is not None and count < 1:
+        raise ConfigError(f"--samples must be at least 1, got {count}")
+
+
+def say_left_out(left_out: Mapping[str, Mapping[str, str]]) -> None:
+    """Name unusable files on stderr."""
+    for name, reasons in left_out.items():
+        for path, reason in reasons.items():
+            print(f"left out: {name}: {path}: {reason}", file=sys.stderr)  # noqa: T201
 
 
 class Progress:
@@ -77,6 +97,18 @@ class Progress:
         self._bar.close()
 
 
+_MENDABLE = (
+    ConfigError,
+    DataMissing,
+    BadAnnotations,
+    BadFile,
+    TooManyBadFiles,
+    ExportError,
+    RanksDisagree,
+    OSError,
+)
+
+
 def run_script(body: Callable[[], int]) -> int:
     """Run a script's body; what a user can mend is said on stderr, without a traceback.
 
@@ -84,7 +116,7 @@ def run_script(body: Callable[[], int]) -> int:
     """
     try:
         return body()
-    except (ConfigError, DataMissing, BadAnnotations, TooManyBadFiles, ExportError) as err:
+    except _MENDABLE as err:
         if os.environ.get("RANK", "0") == "0":
             what = "stopped" if isinstance(err, TooManyBadFiles) else "cannot run"
             print(f"{what}: {err}", file=sys.stderr)  # noqa: T201

@@ -11,13 +11,16 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.space import Arch, SearchSpace
 from vimnas_ds.train.dry_run import cost_of
 
-#: random draws before a sub-network is led into the range step by step
-RANDOM_TRIES = 200
+#: spaces up to this size are listed, so that what is inside the ranges is known exactly
+LISTED = 20_000
+#: in larger ones, random draws before the nearest STARTS of them are led into the ranges
+RANDOM_TRIES, STARTS = 200, 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def parse_range(resource: str, text: str, datasets: Sequence[str]) -> Range:
         ends = [_number(low or "0"), _number(high or "inf")]
     except ValueError as err:
         raise ConfigError(f"--{resource} {text}: {err}; write HIGH or LOW:HIGH") from err
-    if not 0 <= ends[0] <= ends[1]:
+    if not ends[0] <= ends[1]:
         raise ConfigError(f"--{resource} {text}: the range is empty")
     return Range(resource, dataset or datasets[0], ends[0], ends[1])
 
@@ -67,10 +70,10 @@ def parse_range(resource: str, text: str, datasets: Sequence[str]) -> Range:
 def _number(text: str) -> float:
     if text == "inf":
         return math.inf
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)([kMG]?)", text)
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)([kKMG]?)", text)
     if match is None:
         raise ValueError(f"{text!r} is not a number")
-    return float(match[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]
+    return float(match[1]) * {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]
 
 
 class Constraints:
@@ -96,36 +99,58 @@ class Constraints:
     def costs(self, arch: Arch) -> Mapping[str, float]:
         return {f"{r.resource}/{r.dataset}": r.value(self.config, arch) for r in self.ranges}
 
+    @cached_property
+    def members(self) -> list[Arch] | None:
+        """Every member inside all ranges, where the space is small enough to list; else None."""
+        if self.space.size() > LISTED:
+            return None
+        return [arch for arch in self.space.members() if self.allow(arch)]
+
     def sample(self, rng: random.Random) -> Arch:
-        """A random member inside all ranges; after many draws, one led there step by step.
+        """A random member inside all ranges: uniform where members can be listed; else one of many
+        random draws, and failing those one led into the ranges step by step.
 
         Raises ConfigError, naming the nearest costs met, when none is found.
         """
-        best: Arch | None = None
-        for _ in range(RANDOM_TRIES):
-            arch = self.space.sample(rng)
+        if self.members is not None:
+            if not self.members:
+                nearest = min(self.space.members(), key=self.excess)
+                raise self._none("there is no sub-network with", nearest)
+            return rng.choice(self.members)
+        draws = [self.space.sample(rng) for _ in range(RANDOM_TRIES)]
+        for arch in draws:
             if self.allow(arch):
                 return arch
-            if best is None or self.excess(arch) < self.excess(best):
-                best = arch
-        assert best is not None
-        return self._lead(best, rng)
+        led = [self._lead(a, rng) for a in sorted(draws, key=self.excess)[:STARTS]]
+        best = min(led, key=self.excess)
+        if not self.allow(best):
+            raise self._none(
+                f"none was found in {RANDOM_TRIES} draws and {STARTS} descents with", best
+            )
+        return best
+
+    def _none(self, what: str, nearest: Arch) -> ConfigError:
+        costs = ", ".join(f"{k} {v:,.6g}" for k, v in self.costs(nearest).items())
+        ends = "; ".join(
+            f"{r.resource} {r.value(self.config, self.space.smallest()):,.6g} to "
+            f"{r.value(self.config, self.space.largest()):,.6g} ({r.dataset})"
+            for r in self.ranges
+        )
+        return ConfigError(
+            f"{what} {' and '.join(map(str, self.ranges))}; the nearest has {costs}; each alone "
+            f"reaches {ends}"
+        )
 
     def _lead(self, arch: Arch, rng: random.Random) -> Arch:
+        """Walk towards the ranges: the best change of one decision, or where none helps of two."""
         while not self.allow(arch):
             near = list(self.space.neighbours(arch))
             rng.shuffle(near)  # among equals, not always the first
-            nearest = min(near, key=self.excess)
-            if self.excess(nearest) >= self.excess(arch):
-                near_costs = ", ".join(f"{k} {v:,.6g}" for k, v in self.costs(arch).items())
-                ends = "; ".join(
-                    f"{r.resource} {r.value(self.config, self.space.smallest()):,.6g} to "
-                    f"{r.value(self.config, self.space.largest()):,.6g} ({r.dataset})"
-                    for r in self.ranges
-                )
-                raise ConfigError(
-                    f"no sub-network satisfies {'; '.join(map(str, self.ranges))} together; the "
-                    f"nearest found has {near_costs}; each alone reaches {ends}"
-                )
-            arch = nearest
+            best = min(near, key=self.excess)
+            if self.excess(best) >= self.excess(arch):
+                second = [n for a in near[:16] for n in self.space.neighbours(a)]
+                best = min(second, key=self.excess)
+                if self.excess(best) >= self.excess(arch):
+                    return arch
+            arch = best
         return arch

@@ -9,7 +9,7 @@ it is evaluated, and no candidate is evaluated twice. All loops are bounded.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from vimnas_ds.config import ConfigError
@@ -35,6 +35,9 @@ class EvolutionOptions:
         for name in ("population", "generations", "top_k", "attempts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("crossovers", "mutations"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("depth_probability", "block_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -125,12 +128,7 @@ class Evolution:
         return sorted(found, key=key)
 
     def _first(self) -> list[Arch]:
-        found: dict[Arch, None] = {}
-        for _ in range(self.options.population * self.options.attempts):
-            found.setdefault(self.constraints.sample(self.rng))
-            if len(found) == self.options.population:
-                break
-        return list(found)
+        return sample_distinct(self.constraints, self.options.population, (), self.rng)
 
     def _children(self, parents: list[Arch]) -> list[Arch]:
         children: dict[Arch, None] = {}
@@ -157,15 +155,21 @@ class Evolution:
         return list(children)
 
 
-def random_of_same_size(
-    constraints: Constraints, count: int, exclude: Arch, rng: random.Random
+def sample_distinct(
+    constraints: Constraints, count: int, exclude: Collection[Arch], rng: random.Random
 ) -> list[Arch]:
-    """Up to `count` different random members inside the constraints (the controls)."""
+    """Up to `count` different random members inside the constraints; fewer if there are fewer, or
+    if many draws in a row bring nothing new."""
+    if constraints.members is not None:
+        left = [a for a in constraints.members if a not in exclude]
+        if not left and not exclude:
+            constraints.sample(rng)  # says why there is none
+        return rng.sample(left, min(count, len(left)))
     found: dict[Arch, None] = {}
-    for _ in range(count * 100):
+    stale = 0
+    while len(found) < count and stale < 200:
         arch = constraints.sample(rng)
-        if arch != exclude:
+        stale = stale + 1 if arch in found or arch in exclude else 0
+        if arch not in exclude:
             found.setdefault(arch)
-        if len(found) == count:
-            break
     return list(found)

@@ -7,12 +7,13 @@ shared among the ranks and each counts once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.joint import Loaders
 from vimnas_ds.data.prepare import View
 from vimnas_ds.search.run import SearchRun
@@ -50,48 +51,53 @@ class MultiViewEvaluator:
         return [View()] if self.single_view else place_views(clips, crops)
 
     @torch.no_grad()
-    def score(
+    def scores(
         self,
-        forward: Callable[[Tensor], Tensor],
+        forwards: Mapping[str, Callable[[Tensor], Tensor]],
         dataset: str,
         split: str,
         progress: Callable[[], None],
-    ) -> ViewScore:
-        """Score `forward`, batch -> logits; `progress` is called after each view.
+    ) -> dict[str, ViewScore]:
+        """Score several networks, batch -> logits; every view is decoded once for all of them.
 
-        Raises ValueError when no file of the split could be read on any rank.
+        `progress` is called after each view. Raises DataMissing when no rank could read a file.
         """
         views = self.views(dataset)
-        sums: dict[str, tuple[Tensor, int]] = {}  # path -> summed probabilities, label
+        # network -> path -> (summed probabilities, label)
+        sums: dict[str, dict[str, tuple[Tensor, int]]] = {label: {} for label in forwards}
         for view in views:
-            self._add_view(forward, dataset, split, view, sums)
+            self._add_view(forwards, dataset, split, view, sums)
             progress()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.run.ranks.device)
-        for probabilities, label in sums.values():
-            best = probabilities.topk(min(5, len(probabilities))).indices.tolist()
-            totals += totals.new_tensor([best[0] == label, label in best, 1])
-        top1, top5, count = sum_over_ranks(totals, self.run.ranks).tolist()
-        if count == 0:
-            raise ValueError(f"{dataset}: no file of the {split} split could be read")
-        return ViewScore(top1 / count, top5 / count, int(count), len(views))
+        totals = torch.zeros(len(forwards), 3, dtype=torch.float64)
+        for row, found in zip(totals, sums.values(), strict=True):
+            for probabilities, label in found.values():
+                best = probabilities.topk(min(5, len(probabilities))).indices.tolist()
+                row += row.new_tensor([best[0] == label, label in best, 1])
+        rows = sum_over_ranks(totals.to(self.run.ranks.device), self.run.ranks).tolist()
+        if not rows[0][2]:
+            raise DataMissing(f"{dataset}: no file of the {split} split could be read")
+        return {
+            label: ViewScore(top1 / n, top5 / n, int(n), len(views))
+            for label, (top1, top5, n) in zip(forwards, rows, strict=True)
+        }
 
     def _add_view(
         self,
-        forward: Callable[[Tensor], Tensor],
+        forwards: Mapping[str, Callable[[Tensor], Tensor]],
         dataset: str,
         split: str,
         view: View,
-        sums: dict[str, tuple[Tensor, int]],
+        sums: Mapping[str, dict[str, tuple[Tensor, int]]],
     ) -> None:
         batch_size = self.run.config.vimnas.log.eval_batch
         loader = self.loaders.evaluation(dataset, split, batch_size, view)
         try:
             for batch in loader:
-                x = batch.x.to(self.run.ranks.device, self.run.evaluator.dtype)
-                rows = forward(x).float().softmax(-1).cpu()
-                labels = batch.y.tolist()
-                for name, row, label in zip(batch.names, rows, labels, strict=True):
-                    sums[name] = (sums[name][0] + row if name in sums else row, label)
+                x, labels = batch.x.to(self.run.ranks.device, self.run.dtype), batch.y.tolist()
+                for key, forward in forwards.items():
+                    rows, found = forward(x).float().softmax(-1).cpu(), sums[key]
+                    for name, row, label in zip(batch.names, rows, labels, strict=True):
+                        found[name] = (found[name][0] + row if name in found else row, label)
         finally:
             self.skipped.setdefault(dataset, {}).update(loader.skipped)
             loader.close()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vimnas_ds.model.alphas import decisions
 from vimnas_ds.search.run import SearchRun
-from vimnas_ds.search.scoring import EvaluationLog, Scored, paired_difference, score_forward
+from vimnas_ds.search.scoring import EvaluationLog, Scored, paired_difference, score_forwards
 from vimnas_ds.space import Arch, SearchSpace
 
 Rule = Literal["keep", "eliminate"]
@@ -102,7 +102,8 @@ class OpenChoices:
 class Decision:
     """One decision as it was made. `accuracy[c]` is the accuracy without choice c; `drop` that of
     the network before, minus it. `margin`: the runner-up's accuracy without it, minus the kept
-    one's (the kept choice is missed more), with its paired standard error."""
+    one's (the kept choice is missed more), with its paired standard error; under the rule
+    "eliminate" that is of the last round, between the two choices then left."""
 
     name: str
     kept: float
@@ -177,11 +178,13 @@ class PerturbationSearch:
 
     def decide_all(self, progress: Callable[[], None]) -> Iterator[Decision]:
         """Yield every decision as it is made; `progress` is called after each evaluation."""
+        made = False
         for name in self.ordered():
             if len(self.state.open[name]) > 1 and not self.state.is_idle(name):
-                yield self._decide(name, progress)
-                if self.tune is not None:
+                if made and self.tune is not None:
                     self.tune(self.state.restricted_space())
+                yield self._decide(name, progress)
+                made = True
 
     def _decide(self, name: str, progress: Callable[[], None]) -> Decision:
         state, choices = self.state, self.state.choices[name]
@@ -219,13 +222,13 @@ class PerturbationSearch:
         """Scores without each option (None: with all that is open), shared among the ranks."""
         net, device = self.run.net, self.run.ranks.device
 
-        def evaluate(option: int | None) -> Scored:
-            without = None if option is None else (name, option)
-            p = {k: v.to(device) for k, v in self.state.probabilities(without).items()}
-            forward = partial(net.superposed, probabilities=p)
-            scored = score_forward(self.run, self.datasets, forward)
-            progress()
-            return scored
+        def evaluate(part: Sequence[int | None]) -> list[Scored]:
+            forwards = []
+            for option in part:
+                without = None if option is None else (name, option)
+                p = {k: v.to(device) for k, v in self.state.probabilities(without).items()}
+                forwards.append(partial(net.superposed, probabilities=p))
+            return score_forwards(self.run, self.datasets, forwards, progress)
 
         found = self.run.map_over_ranks(evaluate, options)
         for option, scored in zip(options, found, strict=True):

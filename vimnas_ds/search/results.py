@@ -34,6 +34,7 @@ def result_object(
         "arch": json.loads(arch.to_json()),
         "accuracy": scored.accuracy,
         "datasets": datasets,
+        "left_out": run.left_out(),
         **details,
     }
 

@@ -6,6 +6,7 @@ a split and takes other candidates, so a candidate's score never depends on the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,20 +14,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from vimnas_ds.config import ConfigError, RunConfig, load_config
+from vimnas_ds.config import ConfigError, RunConfig
+from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.joint import JointData, Loaders, open_datasets
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.train.engine import build_supernet
 from vimnas_ds.train.evaluate import Evaluator
-from vimnas_ds.train.ranks import Ranks, gather_objects, use_cpu_threads
+from vimnas_ds.train.ranks import Ranks, check_agreement, gather_objects, use_cpu_threads
 from vimnas_ds.train.run_files import (
     ALPHAS_FILE,
     POSITION_FILE,
     WEIGHTS_FILE,
+    CheckpointError,
     RunFiles,
+    check_same_network,
     find_checkpoint,
+    read_run_config,
 )
 
 T = TypeVar("T")
@@ -34,18 +40,13 @@ R = TypeVar("R")
 
 
 @dataclass
-class SearchRun:
-    """What a search works on."""
+class TrainedNetwork:
+    """A checkpoint's network in eval mode, with what it was trained as; no data."""
 
     config: RunConfig
     checkpoint: Path
     net: Supernet
-    alphas: dict[str, torch.Tensor]
-    position: dict[str, Any]
-    data: JointData
-    loaders: Loaders
-    evaluator: Evaluator
-    ranks: Ranks
+    dtype: torch.dtype
 
     @property
     def files(self) -> RunFiles:
@@ -55,14 +56,32 @@ class SearchRun:
     def datasets(self) -> tuple[str, ...]:
         return tuple(self.config.vimnas.data.datasets)
 
-    def map_over_ranks(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """function(item) for every item, shared among the ranks; the same list on all of them."""
+
+@dataclass
+class SearchRun(TrainedNetwork):
+    """What a search works on."""
+
+    alphas: dict[str, torch.Tensor]
+    position: dict[str, Any]
+    data: JointData
+    loaders: Loaders
+    evaluator: Evaluator
+    ranks: Ranks
+
+    def map_over_ranks(
+        self, function: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]
+    ) -> list[R]:
+        """function(items), computed in parts by the ranks; the same list on all of them."""
         world, rank = self.ranks.world_size, self.ranks.rank
-        mine = [function(item) for item in items[rank::world]]
+        mine = list(function(items[rank::world])) if items[rank::world] else []
         if world == 1:
             return mine
         parts = gather_objects(mine)
         return [parts[i % world][i // world] for i in range(len(items))]
+
+    def left_out(self) -> dict[str, dict[str, str]]:
+        """Files that no evaluation could read so far: dataset -> path -> reason."""
+        return {name: reasons for name, reasons in self.evaluator.skipped.items() if reasons}
 
     def close(self) -> None:
         self.loaders.close()
@@ -76,32 +95,67 @@ def latest_run(root: Path = Path("runs")) -> Path:
     return max(found, key=lambda p: p.stat().st_mtime).parent.parent
 
 
-def open_run(
-    checkpoint: Path | None, ranks: Ranks, overrides: Sequence[str] = (), cache_mb: int = 1024
-) -> SearchRun:
+def open_network(
+    checkpoint: Path | None, ranks: Ranks, overrides: Sequence[str] = ()
+) -> TrainedNetwork:
     """Open a checkpoint (a run's folder, one checkpoint, or None: the latest run's).
 
-    Raises ConfigError or CheckpointError in words when something is not there.
+    Raises ConfigError or CheckpointError in words when something is not there or does not fit.
     """
     path = find_checkpoint(checkpoint if checkpoint is not None else latest_run())
-    config = load_config(path.parent.parent / "config.json", list(overrides))
-    section = config.vimnas
-    use_cpu_threads(section.cpu_threads, ranks)
+    config = read_run_config(path, list(overrides))
+    if overrides:
+        check_same_network(path, config)
+    use_cpu_threads(config.vimnas.cpu_threads, ranks)
     net = build_supernet(config)
-    net.load_state_dict(load_file(str(path / WEIGHTS_FILE)))
+    try:
+        net.load_state_dict(load_file(str(path / WEIGHTS_FILE)))
+    except (RuntimeError, SafetensorError) as err:
+        raise CheckpointError(f"{path / WEIGHTS_FILE} cannot be used: {err}") from err
     dtype = torch.bfloat16 if config.bf16(ranks.device.type == "cuda") else torch.float32
     net = net.to(ranks.device, dtype).eval().requires_grad_(False)
+    return TrainedNetwork(config, path, net, dtype)
+
+
+def open_run(
+    checkpoint: Path | None,
+    ranks: Ranks,
+    overrides: Sequence[str] = (),
+    samples: int | None = None,
+) -> SearchRun:
+    """Open a checkpoint with its data; `samples` bounds every `select` split (see `thin_out`).
+
+    Raises DataMissing, ConfigError, CheckpointError, or RanksDisagree when the ranks see different
+    files.
+    """
+    network = open_network(checkpoint, ranks, overrides)
+    section, path = network.config.vimnas, network.checkpoint
     data = open_datasets(section.data)
+    check_agreement(data.fingerprint(), "the lists of data files", ranks)
+    if samples is not None:
+        for parts in data.splits.values():
+            parts["select"] = thin_out(parts["select"], samples)
     loaders = Loaders(data, section.seed, 0, 1, ranks.device)
-    evaluator = Evaluator(loaders, ranks, dtype, section.log.eval_batch, cache_mb)
+    cache_mb, batch = section.data.cache_mb, section.log.eval_batch
     return SearchRun(
-        config,
+        network.config,
         path,
-        net,
+        network.net,
+        network.dtype,
         load_file(str(path / ALPHAS_FILE)),
         json.loads((path / POSITION_FILE).read_text()),
         data,
         loaders,
-        evaluator,
+        Evaluator(loaders, ranks, network.dtype, batch, cache_mb),
         ranks,
     )
+
+
+def thin_out(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """A fixed subset of at most `count`, classes in turn, chosen by the hash of the path."""
+    classes: dict[int, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda s: hashlib.sha256(s.path.encode()).digest()):
+        classes.setdefault(sample.label, []).append(sample)
+    turns = [(turn, s) for members in classes.values() for turn, s in enumerate(members)]
+    turns.sort(key=lambda t: (t[0], t[1].label))
+    return sorted(s for _, s in turns[:count])

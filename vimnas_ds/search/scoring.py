@@ -1,8 +1,9 @@
 """One way to score a candidate, for every search: mean top-1 over datasets on `select` splits.
 
 A candidate is any forward function on the supernet. Its outcomes are kept sample by sample, so two
-candidates can be compared on the same samples (paired). Candidates are cached by a key, and every
-evaluation is one row of a CSV file as it happens.
+candidates can be compared on the same samples (paired). Sub-networks are scored once, several in
+one pass over the samples, and every evaluation is one row of a CSV file, written when the ranks
+have put theirs together.
 """
 
 from __future__ import annotations
@@ -50,15 +51,23 @@ class Scored:
     @property
     def rank_key(self) -> tuple[float, float]:
         """Sorts better candidates higher: accuracy, then (ties are frequent) loss. Rounded, so
-        that the last bits of a sum cannot decide."""
-        return round(self.accuracy, 9), -round(self.loss, 6)
+        that the last bits of a sum cannot decide; a loss that is not finite is the worst."""
+        loss = self.loss if math.isfinite(self.loss) else math.inf
+        return round(self.accuracy, 9), -round(loss, 6)
 
 
 def paired_difference(a: Scored, b: Scored) -> tuple[float, float]:
     """Accuracy of `a` minus that of `b` on the same samples, and its standard error."""
     mean = variance = 0.0
     for name, ours in a.outcomes.items():
-        difference = ours.top1 - b.outcomes[name].top1
+        theirs = b.outcomes[name]
+        if ours.names != theirs.names:  # a file could not be read once: compare what both saw
+            at = {sample: i for i, sample in enumerate(theirs.names)}
+            both = [(i, at[n]) for i, n in enumerate(ours.names) if n in at]
+            pairs = torch.tensor(both, dtype=torch.int64).view(-1, 2)
+            difference = ours.top1[pairs[:, 0]] - theirs.top1[pairs[:, 1]]
+        else:
+            difference = ours.top1 - theirs.top1
         mean += float(difference.mean()) / len(a.outcomes)
         if len(difference) > 1:
             variance += float(difference.var()) / len(difference) / len(a.outcomes) ** 2
@@ -116,11 +125,9 @@ class ArchScorer:
         """Scores of `archs`; new ones are shared among the ranks. `progress`: after each one."""
         fresh = [a for a in dict.fromkeys(archs) if a not in self.scores]
 
-        def evaluate(arch: Arch) -> Scored:
-            net = self.run.net
-            scored = score_forward(self.run, self.datasets, partial(net, arch=arch))
-            progress()
-            return scored
+        def evaluate(archs: Sequence[Arch]) -> list[Scored]:
+            forwards = [partial(self.run.net, arch=arch) for arch in archs]
+            return score_forwards(self.run, self.datasets, forwards, progress)
 
         for arch, scored in zip(fresh, self.run.map_over_ranks(evaluate, fresh), strict=True):
             self.scores[arch] = scored
@@ -128,13 +135,31 @@ class ArchScorer:
         return [self.scores[a] for a in archs]
 
 
-def score_forward(run: SearchRun, datasets: Sequence[str], forward: DatasetForward) -> Scored:
-    """Score `forward(x, dataset)` on the select splits, in eval mode, on this rank alone."""
+#: candidates scored in one pass over the samples
+GROUP = 4
+
+
+def score_forwards(
+    run: SearchRun,
+    datasets: Sequence[str],
+    forwards: Sequence[DatasetForward],
+    progress: Callable[[], None],
+) -> list[Scored]:
+    """Score networks on the select splits, in eval mode, on this rank alone.
+
+    `progress` is called once for each of them.
+    """
     assert not run.net.training
-    with torch.no_grad():
-        return Scored(
-            {
-                name: run.evaluator.outcomes({"": partial(forward, dataset=name)}, name, SELECT)[""]
-                for name in datasets
-            }
-        )
+    found: list[Scored] = []
+    for first in range(0, len(forwards), GROUP):
+        group = dict(enumerate(forwards[first : first + GROUP]))
+        outcomes = {
+            name: run.evaluator.outcomes(
+                {str(i): partial(f, dataset=name) for i, f in group.items()}, name, SELECT
+            )
+            for name in datasets
+        }
+        for i in group:
+            found.append(Scored({name: outcomes[name][str(i)] for name in datasets}))
+            progress()
+    return found

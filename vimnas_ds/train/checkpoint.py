@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
 from vimnas_ds.train.engine import Engine
@@ -80,10 +81,14 @@ def save_checkpoint(
     )
     for shard in (root / hidden).glob(f"*pp_rank_{ranks.rank}_*optim_states.pt"):
         _fsync(shard)  # by its writer: elsewhere it may still be in another machine's cache
+    weights = {}  # the fp32 masters, gathered parameter by parameter from their owners
+    for name, parameter in engine.net.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        if ranks.is_main:
+            weights[name] = full.float()
     dist.barrier()  # every shard is written
     if ranks.is_main:
-        weights = _contiguous(dict(engine.net.named_parameters()))
-        save_file(weights, str(root / hidden / WEIGHTS_FILE))
+        save_file(_contiguous(weights), str(root / hidden / WEIGHTS_FILE))
         save_file(_contiguous(state["learner"]["alphas"]), str(root / hidden / ALPHAS_FILE))
         (root / hidden / POSITION_FILE).write_text(json.dumps(state["position"], indent=2))
         for file in (root / hidden).iterdir():

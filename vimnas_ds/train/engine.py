@@ -65,7 +65,7 @@ def start_weights(net: Supernet, config: RunConfig) -> list[str]:
     model = config.vimnas.model
     if model.init is not None:
         return warm_start(net, model.init)
-    return inherit(net, model.inherit) if model.inherit is not None else []
+    return inherit(net, model.inherit, config) if model.inherit is not None else []
 
 
 def build_engine(config: RunConfig, ranks: Ranks, net: Supernet | None = None) -> Engine:

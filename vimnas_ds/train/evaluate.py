@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.joint import Loaders
 from vimnas_ds.data.loader import Batch
 from vimnas_ds.train.ranks import Ranks, sum_over_ranks
@@ -41,6 +42,7 @@ class Outcomes:
     top1: Tensor  #: 1 where the highest logit is the label
     top5: Tensor  #: 1 where the label is among the five highest
     loss: Tensor  #: cross-entropy
+    names: tuple[str, ...]  #: the samples' files
 
     @property
     def score(self) -> Score:
@@ -88,35 +90,38 @@ class Evaluator:
     ) -> dict[str, Outcomes]:
         """Each of `forwards`, batch -> logits, on this process's samples, in one pass over them.
 
-        The caller puts the network into eval mode. Raises ValueError when no file was usable.
+        The caller puts the network into eval mode. Raises DataMissing when no file was usable.
         """
         found = self._outcomes(forwards, dataset, split)
         if not len(next(iter(found.values())).loss):
-            raise ValueError(f"{dataset}: no file of the {split} split could be read")
+            raise DataMissing(f"{dataset}: no file of the {split} split could be read")
         return found
 
     def _outcomes(
         self, forwards: Mapping[str, Forward], dataset: str, split: str
     ) -> dict[str, Outcomes]:
         columns: dict[str, list[Tensor]] = {label: [] for label in forwards}
+        names: tuple[str, ...] = ()
         for batch in self._batches(dataset, split):
             x, y = batch.x.to(self.ranks.device, self.dtype), batch.y.to(self.ranks.device)
+            names += batch.names
             for label, forward in forwards.items():
                 logits = forward(x).float()
                 best = logits.topk(min(5, logits.shape[1]), -1).indices == y[:, None]
                 loss = F.cross_entropy(logits, y, reduction="none")
                 columns[label].append(torch.stack([best[:, 0], best.any(1), loss]).double())
         empty = torch.empty(3, 0, dtype=torch.float64)
-        return {
-            label: Outcomes(*torch.cat([empty.to(self.ranks.device), *c], 1).cpu())
-            for label, c in columns.items()
-        }
+        found = {}
+        for label, parts in columns.items():
+            top1, top5, loss = torch.cat([empty.to(self.ranks.device), *parts], 1).cpu()
+            found[label] = Outcomes(top1, top5, loss, names)
+        return found
 
     @torch.no_grad()
     def scores(self, forwards: Mapping[str, Forward], dataset: str, split: str) -> dict[str, Score]:
         """Scores over all ranks' samples (each rank having its share); equal on every rank.
 
-        Raises ValueError when no rank could read a file of the split.
+        Raises DataMissing when no rank could read a file of the split.
         """
         found = self._outcomes(forwards, dataset, split)
         sums = torch.tensor(
@@ -129,7 +134,7 @@ class Evaluator:
         )
         rows = sum_over_ranks(sums, self.ranks).tolist()
         if not rows[0][3]:
-            raise ValueError(f"{dataset}: no file of the {split} split could be read")
+            raise DataMissing(f"{dataset}: no file of the {split} split could be read")
         return {
             label: Score(top1 / n, top5 / n, loss / n, int(n))
             for label, (top1, top5, loss, n) in zip(found, rows, strict=True)

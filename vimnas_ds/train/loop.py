@@ -29,7 +29,7 @@ from vimnas_ds.train.evaluate import Evaluator, Score
 from vimnas_ds.train.faults import FaultReport
 from vimnas_ds.train.meters import ChoiceCounts, Interval, Meters
 from vimnas_ds.train.ranks import Ranks, check_agreement
-from vimnas_ds.train.run_files import RunFiles, claim_folder
+from vimnas_ds.train.run_files import RunFiles, check_same_network, claim_folder
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
 from vimnas_ds.train.step import WeightStepper
 from vimnas_ds.train.summary import write_summary
@@ -66,7 +66,8 @@ class Trainer:
         self.meters = Meters(list(section.data.datasets), ranks)
         self.skipped = self.skipped_in_a_row = 0
         position = self._resume(checkpoint) if checkpoint is not None else DataCursor()
-        claim_folder(self.files, config, ranks, overwrite)  # from here on the run has begun
+        labels = {name: catalog.class_names for name, catalog in data.catalogs.items()}
+        claim_folder(self.files, config, labels, ranks, overwrite)  # from here on the run has begun
         is_image = {name: d.is_image for name, d in section.data.datasets.items()}
         self.drawer = Drawer(self.schedule, space, is_image, section.seed, position)
         self.loaders = Loaders(data, section.seed, ranks.rank, ranks.world_size, ranks.device)
@@ -285,6 +286,7 @@ class Trainer:
         return save_checkpoint(self.files.checkpoints, done, self.engine, state, self.ranks, keep)
 
     def _resume(self, checkpoint: Path) -> DataCursor:
+        check_same_network(checkpoint, self.config)
         state = load_checkpoint(checkpoint, self.engine, self.ranks)
         for key, value in self._identity().items():
             if state["identity"][key] != value:

@@ -34,7 +34,11 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
-def start_ranks(timeout_minutes: float = 10, engine: bool = True) -> Ranks:
+#: a search's ranks wait for one another's whole evaluations, a training's only for one step
+SEARCH_TIMEOUT, TRAINING_TIMEOUT = 24 * 60, 10
+
+
+def start_ranks(timeout_minutes: float = TRAINING_TIMEOUT, engine: bool = True) -> Ranks:
     """Join the process group: NCCL on GPUs, gloo on CPUs. Works with no launcher, as one rank.
 
     `engine` is False for tools that use no DeepSpeed engine: they start without importing it, and

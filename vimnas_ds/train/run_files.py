@@ -1,6 +1,7 @@
 """The files of one run, and when a run may write them.
 
 OUTPUT_DIR/config.json     the configuration as it ran
+OUTPUT_DIR/labels.json     class names by dataset
 OUTPUT_DIR/train.log       every line of the console
 OUTPUT_DIR/tensorboard/    event files
 OUTPUT_DIR/checkpoints/    step00001234/ ..., latest
@@ -12,13 +13,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from vimnas_ds.config import ConfigError, RunConfig
+from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.train.ranks import Ranks, gather_objects
 
 #: plain files in a checkpoint, beside DeepSpeed's shards
@@ -42,6 +44,10 @@ class RunFiles:
         return self.root / "config.json"
 
     @property
+    def labels(self) -> Path:
+        return self.root / "labels.json"
+
+    @property
     def log(self) -> Path:
         return self.root / "train.log"
 
@@ -61,7 +67,7 @@ class RunFiles:
         """Delete an earlier run's files (these only, whatever else the folder holds)."""
         for folder in (self.tensorboard, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.config, self.log, self.summary):
+        for file in (self.config, self.labels, self.log, self.summary):
             file.unlink(missing_ok=True)
 
 
@@ -80,6 +86,34 @@ def find_checkpoint(path: Path) -> Path:
                 return found
             raise CheckpointError(f"{latest} names {found.name}, which is not complete")
     raise CheckpointError(f"no checkpoint at {path}: neither one itself nor a 'latest' file")
+
+
+def read_run_config(checkpoint: Path, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration of the run that `checkpoint` belongs to."""
+    return load_config(checkpoint.parent.parent / "config.json", overrides)
+
+
+def network_of(config: RunConfig) -> dict[str, Any]:
+    """What decides the shapes and the meaning of a run's weights, by key."""
+    section = config.vimnas
+    return {
+        "vimnas.space": section.space,
+        "vimnas.arch": section.arch and section.arch.arch(),
+        "vimnas.tokens": section.tokens.geometry(),
+        "vimnas.model.qk_norm": section.model.qk_norm,
+        "vimnas.model.layer_scale": section.model.layer_scale is not None,
+        "num_classes": {n: d.num_classes for n, d in section.data.datasets.items()},
+    }
+
+
+def check_same_network(checkpoint: Path, config: RunConfig) -> None:
+    """Raise ConfigError, naming the key, if `checkpoint` is of another network than `config`'s."""
+    theirs = network_of(read_run_config(checkpoint))
+    for key, ours in network_of(config).items():
+        if theirs[key] != ours:
+            raise ConfigError(
+                f"{checkpoint} is of another network: {key} {theirs[key]}, now {ours}"
+            )
 
 
 def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path | None:
@@ -105,8 +139,15 @@ def config_object(config: RunConfig) -> dict[str, Any]:
     return {"about": config.about, **config.deepspeed, "vimnas": vimnas}
 
 
-def claim_folder(files: RunFiles, config: RunConfig, ranks: Ranks, overwrite: bool) -> None:
-    """Begin a run in its folder: clear an earlier one if asked to, write config.json (collective).
+def claim_folder(
+    files: RunFiles,
+    config: RunConfig,
+    labels: Mapping[str, Sequence[str]],
+    ranks: Ranks,
+    overwrite: bool,
+) -> None:
+    """Begin a run in its folder: clear an earlier one if asked to, write config.json
+    and labels.json (class names by dataset); on all ranks together.
 
     Raises ConfigError when some rank does not see rank 0's files: checkpoints need a file system
     that all nodes share.
@@ -116,6 +157,7 @@ def claim_folder(files: RunFiles, config: RunConfig, ranks: Ranks, overwrite: bo
         if overwrite:
             files.remove()
         files.root.mkdir(parents=True, exist_ok=True)
+        files.labels.write_text(json.dumps(labels, indent=2) + "\n")
         files.config.write_text(token)
     dist.barrier()
     deadline = time.monotonic() + 20  # network file systems show new files late

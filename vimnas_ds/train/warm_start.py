@@ -1,10 +1,9 @@
 """Starting weights from elsewhere: a local timm ViT, or a supernet of this project.
 
-`warm_start` takes from a timm ViT the leading block of every weight that has a
-counterpart.
-timm's qkv rows are q, k, v one after the other, as ours are, so head prefixes stay in their roles.
-A 2-D patch embedding becomes the image tube's weight. Positions are fixed here, and class tokens,
-heads and position embeddings are not taken. Files load with safetensors or `weights_only=True`.
+`warm_start` takes from a timm ViT the leading block of every weight that has a counterpart. timm's
+qkv rows are q, k, v one after the other, as ours are, so head prefixes stay in their roles. A 2-D
+patch embedding becomes the image tube's weight. Positions are fixed here; class tokens, heads and
+position embeddings are not taken. Files load with safetensors or `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimnas_ds.config import ConfigError
+from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.model.supernet import Supernet
-from vimnas_ds.train.run_files import WEIGHTS_FILE, find_checkpoint
+from vimnas_ds.train.run_files import WEIGHTS_FILE, find_checkpoint, network_of, read_run_config
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -87,36 +86,38 @@ def warm_start(net: Supernet, path: Path) -> list[str]:
 
 
 @torch.no_grad()
-def inherit(net: Supernet, source: Path) -> list[str]:
-    """Fill `net` (a sub-network's, or the whole space's) from a supernet checkpoint.
+def inherit(net: Supernet, source: Path, config: RunConfig) -> list[str]:
+    """Fill `net`, the network of `config`, from a supernet checkpoint; returns a report.
 
-    `net` takes the leading block of every parameter: the sub-network's own, if `net` is a
-    `SearchSpace.single`. Raises ConfigError when the supernet is another one.
+    `net` is the checkpoint's whole space or one of its sub-networks: it takes the leading block of
+    every parameter. Heads of datasets that the checkpoint lacks keep their initial values. Raises
+    ConfigError when the checkpoint's network differs in anything else.
     """
     path = find_checkpoint(source)
-    state = load_file(str(path / WEIGHTS_FILE))
-    taken, kept = 0, []
+    ours, theirs = network_of(config), network_of(read_run_config(path))
+    classes, known = ours.pop("num_classes"), theirs.pop("num_classes")
+    if theirs["vimnas.arch"] is None:  # a whole space contains each of its members
+        ours.pop("vimnas.arch"), theirs.pop("vimnas.arch")
+    for name in classes.keys() & known.keys():
+        ours[f"{name}.num_classes"], theirs[f"{name}.num_classes"] = classes[name], known[name]
+    for key, value in ours.items():
+        if theirs[key] != value:
+            raise ConfigError(
+                f"vimnas.model.inherit: {path} is of another network: {key} {theirs[key]}, "
+                f"here {value}"
+            )
+    state, layouts = load_file(str(path / WEIGHTS_FILE)), net.layouts()
+    kept = []
     for name, own in net.named_parameters():
-        groups = 3 if ".qkv." in name else 1
         if name not in state:
             kept.append(name)
             continue
-        given = state[name].float()
-        given = given.view(groups, given.shape[0] // groups, *given.shape[1:])
-        target = own.view(groups, own.shape[0] // groups, *own.shape[1:])
-        if given.ndim != target.ndim or any(
-            a < b for a, b in zip(given.shape, target.shape, strict=True)
-        ):
-            raise ConfigError(
-                f"vimnas.model.inherit: {name} is {tuple(own.shape)} here and only "
-                f"{tuple(state[name].shape)} in {path}: its supernet does not contain this network"
-            )
+        groups = layouts[name].shape[0] if name.split(".")[-2] == "qkv" else 1
+        given = state[name].float().view(groups, -1, *state[name].shape[1:])
+        target = own.view(groups, -1, *own.shape[1:])
         target.copy_(given[tuple(slice(0, n) for n in target.shape)])
-        taken += 1
-    if not taken:
-        raise ConfigError(f"vimnas.model.inherit: nothing in {path} fits")
     left = f"; initial values kept: {', '.join(kept)}" if kept else ""
-    return [f"inherited {taken} parameters from {path}{left}"]
+    return [f"inherited {len(layouts) - len(kept)} parameters from {path}{left}"]
 
 
 def _as_block(given: Tensor, shape: tuple[int, ...]) -> Tensor | None:
