@@ -28,6 +28,7 @@ def pair(request, folder, trained) -> tuple[Path, Path]:
     resumed = folder / f"{kind}-resumed"
     for part in ("tensorboard", f"checkpoints/{tag}"):
         shutil.copytree(folder / kind / part, resumed / part)
+    shutil.copy(folder / kind / "config.json", resumed)
     (resumed / "checkpoints" / "latest").write_text(tag)
     train(folder, resumed.name, *bf16, "--resume")
     return folder / kind, resumed
