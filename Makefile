@@ -13,7 +13,9 @@ export OMP_NUM_THREADS ?= 1
 
 setup: $(READY)
 
-$(READY): setup.py pyproject.toml scripts/setup_venv.sh
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+
+$(READY): setup.py csrc_build.py pyproject.toml scripts/setup_venv.sh $(SOURCES)
 	PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/setup_venv.sh
 	touch $(READY)
 

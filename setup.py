@@ -5,9 +5,15 @@ that may break an interface. NVIDIA apex is not on PyPI (the package of that nam
 project); see README, "GPU extras".
 """
 
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+sys.path.insert(0, str(Path(__file__).parent))
+from csrc_build import extension
+
+ext_modules, cmdclass = extension()
 
 setup(
     name="vimnas_ds",
@@ -17,6 +23,8 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["vimnas_ds", "vimnas_ds.*"]),
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
     install_requires=[
         "torch>=2.14.1,<2.15",
         "torchvision>=0.29.1,<0.30",

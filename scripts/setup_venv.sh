@@ -13,22 +13,31 @@ if sys.version_info[:2] != (3, 11):
     sys.exit(f"Python 3.11 is needed, this is {sys.version.split()[0]}; set PYTHON=...")
 PY
 
+apt_install() {
+    echo "$1 is missing: installing it with apt-get"
+    local sudo=""
+    [ "$(id -u)" = 0 ] || sudo="sudo"
+    $sudo apt-get update -q
+    $sudo apt-get install -q -y "$1"
+}
+
 if [ ! -x "$VENV/bin/python" ]; then
     if ! "$PYTHON" -m venv "$VENV" 2>/dev/null; then
         rm -rf "$VENV"
-        echo "python3-venv is missing: installing it with apt-get"
-        sudo=""
-        [ "$(id -u)" = 0 ] || sudo="sudo"
-        $sudo apt-get update -q
-        $sudo apt-get install -q -y python3-venv
+        apt_install python3-venv
         "$PYTHON" -m venv "$VENV"
     fi
 fi
 
+# the C++ extension needs a compiler and Python's headers
+command -v g++ >/dev/null || apt_install g++
+HEADER=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h
+[ -f "$HEADER" ] || apt_install python3-dev
+
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-pip install -q 'setuptools>=70' wheel
+pip install -q 'setuptools>=70' wheel ninja
 pip install -q 'torch==2.14.1' 'torchvision==0.29.1'
 DS_BUILD_OPS=0 pip install -q 'deepspeed>=0.19.8,<0.20'
 pip install -q --no-build-isolation -e '.[dev]'
-"$VENV/bin/python" -c 'import torch, vimnas_ds; print("vimnas_ds", vimnas_ds.__version__, "torch", torch.__version__)'
+"$VENV/bin/python" -c 'import torch, vimnas_ds; from vimnas_ds import _C; print("vimnas_ds", vimnas_ds.__version__, "torch", torch.__version__, "operators:", "CUDA + CPU" if _C.with_cuda else "CPU")'

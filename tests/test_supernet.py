@@ -147,7 +147,7 @@ def test_qkv_rows_and_biases_keep_their_roles(build_supernet):
     """With fewer heads, q, k and v are each their own leading rows: none changes role."""
     attn = build_supernet().blocks[0].attn
     x = torch.randn(2, 3, 32)
-    q, k, v = attn.qkv(x, 16).unbind(0)
+    q, k, v = attn.qkv.forward_groups(x, 16)
     for role, y in enumerate((q, k, v)):
         rows = slice(role * 32, role * 32 + 16)
         assert_close(y, F.linear(x, attn.qkv.weight[rows, :32], attn.qkv.bias[rows]))
@@ -175,7 +175,8 @@ def test_an_image_stands_at_time_zero_with_the_fourth_tubes_weight(build_superne
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("groups", "o", "i"), [(1, 5, 7), (3, 4, 6), (3, 8, 9), (1, 8, 9)])
-def test_sliced_linear_equals_its_reference(dtype, groups, o, i):
+@pytest.mark.parametrize("gelu", [False, True])
+def test_sliced_linear_equals_its_reference(dtype, groups, o, i, gelu):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(groups, 8, 9, generator=generator).to(dtype).requires_grad_()
     bias = torch.randn(groups, 8, generator=generator).to(dtype).requires_grad_()
@@ -183,13 +184,13 @@ def test_sliced_linear_equals_its_reference(dtype, groups, o, i):
     upstream = torch.randn(groups, 4, 3, o, generator=generator).to(dtype)
     results = []
     for function in (sliced_linear, sliced_linear_ref):
-        y = function(x, weight, bias, o)
+        y = torch.stack(function(x, weight, bias, o, gelu))
         results.append([y, *torch.autograd.grad(y, (x, weight, bias), upstream)])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-2}[dtype]
     for ours, reference in zip(*results, strict=True):
         assert_close(ours, reference, atol=tolerance, rtol=tolerance)
     if dtype == torch.float64:
-        assert torch.autograd.gradcheck(lambda *a: sliced_linear(*a, o), (x, weight, bias))
+        assert torch.autograd.gradcheck(lambda *a: sliced_linear(*a, o, gelu), (x, weight, bias))
 
 
 def test_sliced_linear_refuses_what_does_not_fit():

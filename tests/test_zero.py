@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.launch import launch
+from vimnas_ds.ops._extension import available
 from vimnas_ds.ops.boxes import boxes_in_range, merge_cells
 
 pytestmark = pytest.mark.slow
@@ -35,6 +36,17 @@ def test_unsampled_weights_moments_and_counts_keep_their_bits(results, dtype):
 def test_sampled_blocks_equal_torch_adamw_bit_for_bit(results, dtype):
     found = results[f"sampled_only_{dtype}"]
     assert found["sampled"] > 100_000
+    assert found["sampled_moved"] > 0.99 * found["sampled"]
+    assert found["differ_w"] == found["differ_m"] == found["count_wrong"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_compiled_update_keeps_frozen_bits_and_equals_adamw_to_rounding(results, dtype):
+    if not available():
+        pytest.skip("the compiled operators are not there")
+    found = results[f"sampled_only_{dtype}_fused"]
+    assert found["frozen"] > 500_000
+    assert found["frozen_changed"] == found["frozen_counts_changed"] == 0
     assert found["sampled_moved"] > 0.99 * found["sampled"]
     assert found["differ_w"] == found["differ_m"] == found["count_wrong"] == 0
 

@@ -25,6 +25,7 @@ from tests.conftest import randomise
 from tests.small import small_config
 from vimnas_ds.config import parse_config
 from vimnas_ds.layout import Activation, ParamGrids
+from vimnas_ds.ops._extension import available
 from vimnas_ds.train.alpha_step import AlphaLearner
 from vimnas_ds.train.engine import Engine, build_engine, build_supernet
 from vimnas_ds.train.ranks import RanksDisagree, check_agreement, start_ranks
@@ -132,9 +133,17 @@ def build(bf16: bool, clipping: float = 0.0, zero: dict | None = None) -> Engine
     return build_engine(config, ranks, net)
 
 
-def sampled_only(bf16: bool) -> None:
+def differing(ours: torch.Tensor, reference: torch.Tensor, fused: bool) -> int:
+    """Elements that differ: by a bit, or for the fused update by more than rounding."""
+    if fused:
+        return int((~torch.isclose(ours, reference, rtol=1e-5, atol=1e-7)).sum())
+    return int((ours != reference).sum())
+
+
+def sampled_only(bf16: bool, fused: bool) -> None:
     """Frozen bits, and equality with torch.optim.AdamW run on every cell by itself."""
     engine = build(bf16, zero=reference_zero())
+    engine.optimizer.fused = fused
     grids, net = engine.optimizer.grids, engine.net
     layouts = net.layouts()
     cells: dict[str, list[torch.nn.Parameter]] = {}
@@ -184,16 +193,17 @@ def sampled_only(bf16: bool) -> None:
             totals["frozen_counts_changed"] += int((grown != torch.tensor(on).long()).sum())
             for i, s in enumerate(cell_slices(grids, name)):
                 ours = after[name]
-                totals["differ_w"] += int((ours["w"].view(shape)[s] != cells[name][i]).sum())
+                totals["differ_w"] += differing(ours["w"].view(shape)[s], cells[name][i], fused)
                 state = reference.state.get(cells[name][i])
                 if on[i]:
                     totals["sampled"] += cells[name][i].numel()
                 if state:
                     for key in ("exp_avg", "exp_avg_sq"):
-                        totals["differ_m"] += int((ours[key].view(shape)[s] != state[key]).sum())
+                        totals["differ_m"] += differing(ours[key].view(shape)[s], state[key], fused)
                     totals["count_wrong"] += int(ours["count"][i]) != int(state["step"])
         before = after
-    report(f"sampled_only_{'bf16' if bf16 else 'fp32'}", **totals)
+    name = f"sampled_only_{'bf16' if bf16 else 'fp32'}"
+    report(f"{name}_fused" if fused else name, **totals)
 
 
 def stock_adamw() -> None:
@@ -307,7 +317,9 @@ def agreement() -> None:
 
 if __name__ == "__main__":
     for bf16 in (False, True):
-        sampled_only(bf16)
+        sampled_only(bf16, fused=False)
+        if available():
+            sampled_only(bf16, fused=True)
         alpha_and_skip(bf16)
     clipped()
     stock_adamw()

@@ -78,15 +78,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, num_heads: int, hidden_dim: int, drop_rate: float) -> Tensor:
         """x (B, N, D) of the sampled width -> the same shape."""
         d = x.shape[-1]
-        q, k, v = self.attn.qkv(self.norm1(x), num_heads * self.head_dim).unbind(0)
+        q, k, v = self.attn.qkv.forward_groups(self.norm1(x), num_heads * self.head_dim)
         q, k, v = (split_heads(y, self.head_dim) for y in (q, k, v))
         if self.qk_norm:
             q, k = self.attn.q_norm(q), self.attn.k_norm(k)
         y = self.attn.proj(merge_heads(attention(q, k, v)), d)
         y = self.ls1(y) if self.layer_scale else y
         x = x + drop_path(y, drop_rate, self.training)
-        y = F.gelu(self.mlp.fc1(self.norm2(x), hidden_dim), approximate="tanh")
-        y = self.mlp.fc2(y, d)
+        y = self.mlp.fc2(self.mlp.fc1(self.norm2(x), hidden_dim, gelu=True), d)
         y = self.ls2(y) if self.layer_scale else y
         return x + drop_path(y, drop_rate, self.training)
 

@@ -37,12 +37,16 @@ class EntangledLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(groups * out_axis.size))
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    def forward(self, x: Tensor, out_features: int) -> Tensor:
-        """x (..., i) -> (groups, ..., out_features), or (..., out_features) for one group."""
+    def forward_groups(self, x: Tensor, out_features: int, gelu: bool = False) -> list[Tensor]:
+        """x (..., i) -> one (..., out_features) per group."""
         o, i = self.out_axis.size, self.in_axis.size
         weight, bias = self.weight.view(self.groups, o, i), self.bias.view(self.groups, o)
-        y = sliced_linear(x, weight, bias, out_features)
-        return y if self.groups > 1 else y.squeeze(0)  # a view: no copy in backward
+        return sliced_linear(x, weight, bias, out_features, gelu)
+
+    def forward(self, x: Tensor, out_features: int, gelu: bool = False) -> Tensor:
+        """x (..., i) -> (..., out_features), for a layer of one group."""
+        (y,) = self.forward_groups(x, out_features, gelu)
+        return y
 
     def forward_frozen(self, x: Tensor) -> Tensor:
         """The full layer with its weights held constant (the alpha step)."""

@@ -3,7 +3,8 @@
 The weight stays whole and is never copied: BLAS reads the block through its leading dimension.
 Backward gives one full-size dW, zero outside the block, because ZeRO-2 reduces gradients of whole
 parameters; autograd's own slices would allocate full-size zeros once per slice (measured: 24 MiB
-for a 3 MiB gradient). `sliced_linear_ref` is the same through autograd and the tests' reference.
+for a 3 MiB gradient). The compiled operator (csrc/sliced_linear.cpp) does this where it is there,
+`_SlicedLinear` elsewhere; `sliced_linear_ref` is the same through autograd, the tests' reference.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from vimnas_ds.ops._extension import usable
 
 
-def sliced_linear_ref(x: Tensor, weight: Tensor, bias: Tensor, out_features: int) -> Tensor:
+def sliced_linear_ref(
+    x: Tensor, weight: Tensor, bias: Tensor, out_features: int, gelu: bool = False
+) -> list[Tensor]:
     """What `sliced_linear` computes, by slicing under autograd."""
     groups, _, _ = weight.shape
     i = x.shape[-1]
     parts = [
-        torch.nn.functional.linear(x, weight[g, :out_features, :i], bias[g, :out_features])
-        for g in range(groups)
+        F.linear(x, weight[g, :out_features, :i], bias[g, :out_features]) for g in range(groups)
     ]
-    return torch.stack(parts)
+    return [F.gelu(part, approximate="tanh") for part in parts] if gelu else parts
 
 
 class _SlicedLinear(torch.autograd.Function):
@@ -60,7 +65,9 @@ class _SlicedLinear(torch.autograd.Function):
         return dx, dw, db, None
 
 
-def sliced_linear(x: Tensor, weight: Tensor, bias: Tensor, out_features: int) -> Tensor:
+def sliced_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, out_features: int, gelu: bool = False
+) -> list[Tensor]:
     """Linear map through the leading block of each of G stacked weights.
 
     Args:
@@ -68,8 +75,10 @@ def sliced_linear(x: Tensor, weight: Tensor, bias: Tensor, out_features: int) ->
         weight: (G, O, I); G is 3 for a stacked q, k, v projection, else 1.
         bias: (G, O).
         out_features: o, at most O.
+        gelu: apply GELU (tanh form) to the result.
 
-    Returns: (G, ..., o). The gradients of weight and bias are full-size, zero outside the block.
+    Returns: G tensors (..., o). The gradients of weight and bias are full-size, zero outside the
+    block.
     Raises ValueError when the block exceeds the weight or the dtypes differ.
     """
     groups, total_out, total_in = weight.shape
@@ -82,4 +91,7 @@ def sliced_linear(x: Tensor, weight: Tensor, bias: Tensor, out_features: int) ->
         raise ValueError(f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
     if not x.dtype == weight.dtype == bias.dtype:
         raise ValueError(f"one dtype is needed, got {x.dtype}, {weight.dtype}, {bias.dtype}")
-    return _SlicedLinear.apply(x, weight, bias, out_features)
+    if usable(x):
+        return torch.ops.vimnas_ds.sliced_linear(x, weight, bias, out_features, gelu)
+    parts = _SlicedLinear.apply(x, weight, bias, out_features).unbind(0)
+    return [F.gelu(part, approximate="tanh") for part in parts] if gelu else list(parts)
