@@ -62,7 +62,8 @@ def start(args: argparse.Namespace) -> Place:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     print(f"machine: {machine(device)}, {args.threads} threads, {dtype}, torch {torch.__version__}")
     print(
-        f"compiled extension: {'yes' if _extension.available() else 'no'}; attention: {attention_backend()}",
+        f"compiled extension: {'yes' if _extension.available() else 'no'}; "
+        f"attention: {attention_backend()}",
         flush=True,
     )
     return Place(device, dtype, args.runs)
