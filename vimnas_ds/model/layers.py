@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from vimnas_ds.layout import Axis, ParamLayout
 from vimnas_ds.ops.gates import weighted_layer_norm
+from vimnas_ds.ops.layer_norm import layer_norm
 from vimnas_ds.ops.sliced_linear import sliced_linear
 
 NORM_EPS = 1e-6  # timm's ViT
@@ -72,13 +73,13 @@ class EntangledNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         d = x.shape[-1]
-        return F.layer_norm(x, (d,), self.weight[:d], self.bias[:d], NORM_EPS)
+        return layer_norm(x, self.weight[:d], self.bias[:d], NORM_EPS)
 
     def forward_frozen(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
         """With weights held constant; under channel masses (D,) when they are given."""
         weight, bias = self.weight.detach(), self.bias.detach()
         if mass is None:
-            return F.layer_norm(x, (self.axis.size,), weight, bias, NORM_EPS)
+            return layer_norm(x, weight, bias, NORM_EPS)
         return weighted_layer_norm(x, mass, weight, bias, NORM_EPS)
 
     def param_layouts(self) -> dict[str, ParamLayout]:
