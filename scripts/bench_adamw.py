@@ -18,7 +18,6 @@ import torch
 from bench_common import arguments, interleave, ratio_line, start
 from torch import nn
 
-import vimnas_ds.ops.sliced_linear  # noqa: F401 (loads the extension)
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.ops.boxes import boxes_in_range
 from vimnas_ds.space import SPACES

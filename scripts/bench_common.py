@@ -95,7 +95,7 @@ def interleave(
             times[name].append(_seconds(sides[name], repeats, place) / repeats)
         order.reverse()
     for name, values in times.items():
-        low, middle, high = _quartiles(values)
+        low, middle, high = quartiles(values)
         print(
             f"  {name:<40} median {_time(middle)}  quartiles {_time(low)} to {_time(high)}",
             flush=True,
@@ -112,7 +112,8 @@ def _seconds(side: Side, repeats: int, place: Place) -> float:
     return time.perf_counter() - started
 
 
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
