@@ -30,12 +30,12 @@ def wheel_folders(kind: str) -> list[Path]:
 
 
 def extension() -> tuple[list[Any], dict[str, Any]]:
-    """(ext_modules, cmdclass) for setup(); nothing, said aloud, when torch is not installed."""
+    """(ext_modules, cmdclass) for setup(). Ends the build in words when torch is not there."""
     if importlib.util.find_spec("torch") is None:
-        print(  # noqa: T201
-            "vimnas_ds: no torch in the build environment (use --no-build-isolation): no extension"
+        raise SystemExit(
+            "vimnas_ds is built against the torch it will run with: install torch first, then "
+            "`pip install --no-build-isolation .`"
         )
-        return [], {}
     import torch
 
     wanted = torch.version.cuda is not None and os.environ.get("VIMNAS_CPU_ONLY") != "1"

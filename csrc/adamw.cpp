@@ -7,7 +7,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <cmath>
+#include <algorithm>
+#include <vector>
 
 #include "checks.h"
 
@@ -41,9 +42,9 @@ void prefetch(const float* p, int64_t n) {
   for (int64_t k = 0; k < n; k += 16) __builtin_prefetch(p + k, 1, 2);
 }
 
-void adamw_cpu(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-               const Tensor& boxes, const Tensor& rates, double decay, double beta1, double beta2,
-               double eps) {
+void adamw_cpu(const Tensor& param, const Tensor& grad, const Tensor& exp_avg,
+               const Tensor& exp_avg_sq, const Tensor& boxes, const Tensor& rates, double decay,
+               double beta1, double beta2, double eps) {
   check_adamw(param, grad, exp_avg, exp_avg_sq, boxes, rates);
   float *w = param.mutable_data_ptr<float>(), *m = exp_avg.mutable_data_ptr<float>(),
         *v = exp_avg_sq.mutable_data_ptr<float>();

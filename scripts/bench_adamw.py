@@ -19,7 +19,7 @@ from bench_common import arguments, interleave, ratio_line, start
 from torch import nn
 
 from vimnas_ds.model.supernet import Supernet
-from vimnas_ds.ops.boxes import boxes_in_range
+from vimnas_ds.ops.boxes import as_rows, boxes_in_range
 from vimnas_ds.space import SPACES
 from vimnas_ds.tubes import TUBEVIT
 
@@ -37,7 +37,8 @@ def sampled_boxes() -> list[tuple[int, int, int, int]]:
     names = [name for name in layouts if name.startswith("blocks.")]
     total = sum(torch.Size(layouts[name].shape).numel() for name in names)
     begin, end = total - TAIL - SIZE, total - TAIL
-    found, at = [], 0
+    found: list[tuple[int, int, int, int]] = []
+    at = 0
     for name in names:
         layout = layouts[name]
         numel = torch.Size(layout.shape).numel()
@@ -46,10 +47,8 @@ def sampled_boxes() -> list[tuple[int, int, int, int]]:
         if extents is not None and first < last:
             low = [0] * len(extents)
             for offset, sizes, strides in boxes_in_range(layout.shape, low, extents, first, last):
-                for base in range(sizes[0] if len(sizes) == 3 else 1):  # groups of q, k, v
-                    shift = at - begin + offset + (base * strides[0] if len(sizes) == 3 else 0)
-                    rows, columns = sizes[-2:] if len(sizes) > 1 else (1, sizes[0])
-                    found.append((shift, rows, columns, strides[-2] if len(sizes) > 1 else columns))
+                shifted = (at - begin + offset, sizes, strides)
+                found += as_rows(shifted)
         at += numel
     return found
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vimnas_ds.layout import Axis
 from vimnas_ds.model.attention import attention, merge_heads, split_heads
 from vimnas_ds.model.layers import EntangledLinear, EntangledNorm, EntangledScale
+from vimnas_ds.ops.gates import gated_gelu, head_gate
 from vimnas_ds.space import SearchSpace
 
 
@@ -98,10 +98,8 @@ class Block(nn.Module):
         if self.qk_norm:
             q, k = self.attn.q_norm.forward_frozen(q), self.attn.k_norm.forward_frozen(k)
         # masses stay in float32: bf16 would round most of a small alpha step away
-        y = (attention(q, k, v) * head_mass[:, None, None]).to(x.dtype)
-        y = self.attn.proj.forward_frozen(merge_heads(y))
+        y = self.attn.proj.forward_frozen(head_gate(merge_heads(attention(q, k, v)), head_mass))
         x = x + (self.ls1.forward_frozen(y) if self.layer_scale else y)
         y = self.mlp.fc1.forward_frozen(self.norm2.forward_frozen(x, embed_mass))
-        y = (F.gelu(y, approximate="tanh") * hidden_mass).to(x.dtype)
-        y = self.mlp.fc2.forward_frozen(y)
+        y = self.mlp.fc2.forward_frozen(gated_gelu(y, hidden_mass))
         return x + (self.ls2.forward_frozen(y) if self.layer_scale else y)

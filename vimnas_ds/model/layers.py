@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vimnas_ds.layout import Axis, ParamLayout
-from vimnas_ds.ops.gates import weighted_layer_norm
+from vimnas_ds.ops.gates import gated_norm
 from vimnas_ds.ops.layer_norm import layer_norm
 from vimnas_ds.ops.sliced_linear import sliced_linear
 
@@ -80,7 +80,7 @@ class EntangledNorm(nn.Module):
         weight, bias = self.weight.detach(), self.bias.detach()
         if mass is None:
             return layer_norm(x, weight, bias, NORM_EPS)
-        return weighted_layer_norm(x, mass, weight, bias, NORM_EPS)
+        return gated_norm(x, mass, weight, bias, NORM_EPS)
 
     def param_layouts(self) -> dict[str, ParamLayout]:
         layout = ParamLayout((self.axis,), self.layer, decay=False)

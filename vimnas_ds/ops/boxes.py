@@ -61,6 +61,18 @@ def _whole_rows(
     return offset, tuple(sizes), tuple(strides)
 
 
+def as_rows(box: StridedBox) -> Iterator[tuple[int, int, int, int]]:
+    """A box of up to three axes as matrices: (offset, rows, columns, row stride)."""
+    offset, sizes, strides = box
+    if len(sizes) == 1:
+        yield offset, 1, sizes[0], sizes[0]
+    elif len(sizes) == 2:
+        yield offset, sizes[0], sizes[1], strides[0]
+    else:
+        for k in range(sizes[0]):
+            yield offset + k * strides[0], sizes[1], sizes[2], strides[1]
+
+
 def merge_cells(values: Sequence[Any], counts: Sequence[int]) -> tuple[Rectangle, ...]:
     """Join neighbouring cells of equal value into rectangles of cell indices.
 

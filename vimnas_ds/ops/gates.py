@@ -16,6 +16,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from vimnas_ds.ops._extension import usable
 
 
 @lru_cache(maxsize=1024)
@@ -55,3 +58,26 @@ def weighted_layer_norm(
     var = (centred.square() * share).sum(-1, keepdim=True)
     normed = centred * torch.rsqrt(var + eps) * weight.float() + bias.float()
     return (normed * mass).to(x.dtype)
+
+
+def gated_norm(x: Tensor, mass: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`weighted_layer_norm` with constant weight and bias: gradients reach x and mass alone."""
+    weight, bias = weight.detach(), bias.detach()
+    if usable(x):
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        return torch.ops.vimnas_ds.gated_norm(x, mass, weight, bias, eps)
+    return weighted_layer_norm(x, mass, weight, bias, eps)
+
+
+def gated_gelu(x: Tensor, mass: Tensor) -> Tensor:
+    """GELU (tanh form), gated: x (..., F), mass (F,) float32 -> (..., F) in x's dtype."""
+    if usable(x):
+        return torch.ops.vimnas_ds.gated_gelu(x, mass)
+    return (F.gelu(x, approximate="tanh") * mass).to(x.dtype)
+
+
+def head_gate(x: Tensor, mass: Tensor) -> Tensor:
+    """Gate of whole heads: x (..., H*K), mass (H,) float32 -> (..., H*K) in x's dtype."""
+    if usable(x):
+        return torch.ops.vimnas_ds.head_gate(x, mass)
+    return (x.unflatten(-1, (mass.numel(), -1)) * mass[:, None]).flatten(-2).to(x.dtype)

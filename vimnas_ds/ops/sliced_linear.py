@@ -81,6 +81,8 @@ def sliced_linear(
     block.
     Raises ValueError when the block exceeds the weight or the dtypes differ.
     """
+    if usable(x):
+        return torch.ops.vimnas_ds.sliced_linear(x, weight, bias, out_features, gelu)
     groups, total_out, total_in = weight.shape
     if x.shape[-1] > total_in or not 0 < out_features <= total_out:
         raise ValueError(
@@ -91,7 +93,5 @@ def sliced_linear(
         raise ValueError(f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
     if not x.dtype == weight.dtype == bias.dtype:
         raise ValueError(f"one dtype is needed, got {x.dtype}, {weight.dtype}, {bias.dtype}")
-    if usable(x):
-        return torch.ops.vimnas_ds.sliced_linear(x, weight, bias, out_features, gelu)
     parts = _SlicedLinear.apply(x, weight, bias, out_features).unbind(0)
     return [F.gelu(part, approximate="tanh") for part in parts] if gelu else list(parts)

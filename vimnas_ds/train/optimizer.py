@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vimnas_ds.layout import Activation, ParamGrids
 from vimnas_ds.ops._extension import usable
+from vimnas_ds.ops.adamw import Rates, adamw_ref_, sliced_adamw_
 from vimnas_ds.ops.boxes import StridedBox, boxes_in_range, merge_cells
 
 
@@ -185,7 +186,7 @@ class SampledAdamW(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], flat: Tensor) -> None:
         """All active rectangles of one flat tensor."""
         fused = usable(flat) and flat.dtype == torch.float32 if self.fused is None else self.fused
-        boxes: list[tuple[StridedBox, tuple[float, float]]] = []
+        boxes: list[tuple[StridedBox, Rates]] = []
         for fragment in self._fragments[flat]:
             boxes += self._rated_boxes(group, fragment)
         if not boxes:
@@ -193,18 +194,19 @@ class SampledAdamW(torch.optim.Optimizer):
         state = self.state[flat]
         assert flat.grad is not None
         tensors = (flat.detach(), flat.grad, state["exp_avg"], state["exp_avg_sq"])
+        settings = (group["lr"], group["weight_decay"], group["betas"], group["eps"])
         if fused:
-            _fused_adamw_(tensors, boxes, group)
+            sliced_adamw_(tensors, boxes, *settings)
             return
         for (offset, sizes, strides), rate in boxes:
             w, g, m, v = (
                 t.as_strided(sizes, strides, t.storage_offset() + offset) for t in tensors
             )
-            _adamw_(w, g, m, v, rate, group)
+            adamw_ref_(w, g, m, v, rate, *settings)
 
     def _rated_boxes(
         self, group: dict[str, Any], fragment: Fragment
-    ) -> Iterator[tuple[StridedBox, tuple[float, float]]]:
+    ) -> Iterator[tuple[StridedBox, Rates]]:
         """The fragment's active rectangles, each of equal rates."""
         active = self.active_cells(fragment.name)
         if active is None:
@@ -238,50 +240,3 @@ def _bias_corrections(n: int, lr: float, betas: tuple[float, float]) -> tuple[fl
     a few thousand updates, and cells of equal rates are updated together."""
     step_size = lr / (1 - betas[0] ** n)
     return float(np.float32(step_size)), float(np.float32(math.sqrt(1 - betas[1] ** n)))
-
-
-def _adamw_(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rate: tuple[float, float],
-    group: Mapping[str, Any],
-) -> None:
-    """torch.optim.AdamW's single-tensor update, in place on views."""
-    step_size, correction = rate
-    beta1, beta2 = group["betas"]
-    weight.mul_(1 - group["lr"] * group["weight_decay"])
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (exp_avg_sq.sqrt() / correction).add_(group["eps"])
-    weight.addcdiv_(exp_avg, denominator, value=-step_size)
-
-
-def _as_rows(box: StridedBox) -> Iterator[tuple[int, int, int, int]]:
-    """A box of up to three axes as (offset, rows, columns, row stride)."""
-    offset, sizes, strides = box
-    if len(sizes) == 3:
-        for k in range(sizes[0]):
-            yield offset + k * strides[0], sizes[1], sizes[2], strides[1]
-    elif len(sizes) == 2:
-        yield offset, sizes[0], sizes[1], strides[0]
-    else:
-        yield offset, 1, sizes[0], sizes[0]
-
-
-def _fused_adamw_(
-    tensors: tuple[Tensor, ...],
-    boxes: list[tuple[StridedBox, tuple[float, float]]],
-    group: Mapping[str, Any],
-) -> None:
-    """The compiled update of all boxes of a partition at once."""
-    rows = [(row, rate) for box, rate in boxes for row in _as_rows(box)]
-    torch.ops.vimnas_ds.sliced_adamw_(
-        *(t.view(-1) for t in tensors),
-        torch.tensor([row for row, _ in rows]),
-        torch.tensor([rate for _, rate in rows], dtype=torch.float64),
-        1 - group["lr"] * group["weight_decay"],
-        *group["betas"],
-        group["eps"],
-    )
