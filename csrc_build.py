@@ -46,9 +46,15 @@ def extension() -> tuple[list[Any], dict[str, Any]]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-fopenmp"]  # at::parallel_for is a plain loop without it
     sources = ["csrc/schemas.cpp", "csrc/sliced_linear.cpp", "csrc/adamw.cpp", "csrc/gates.cpp"]
     if root is None:
-        built = CppExtension("vimnas_ds._C", sources, extra_compile_args={"cxx": flags})
+        built = CppExtension(
+            "vimnas_ds._C",
+            sources,
+            extra_compile_args={"cxx": flags},
+            extra_link_args=["-fopenmp"],
+        )
     else:
         headers = [d for d in wheel_folders("include") if (d / "cublasLt.h").exists()][:1]
         libraries = [d for d in wheel_folders("lib") if list(d.glob("libcublasLt.so*"))][:1]
@@ -64,6 +70,6 @@ def extension() -> tuple[list[Any], dict[str, Any]]:
                 "cxx": [*flags, "-DVIMNAS_WITH_CUDA", *system],
                 "nvcc": ["-O3", "-std=c++20", "-lineinfo", "--threads=2"],
             },
-            extra_link_args=link,
+            extra_link_args=[*link, "-fopenmp"],
         )
     return [built], {"build_ext": BuildExtension.with_options(use_ninja=True)}
