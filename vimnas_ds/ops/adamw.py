@@ -8,12 +8,9 @@ with step_size = lr / (1-b1^n) and correction = sqrt(1-b2^n) of the rectangle's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
+import numpy as np
 import torch
 from torch import Tensor
-
-from vimnas_ds.ops.boxes import StridedBox, as_rows
 
 #: (step_size, correction)
 Rates = tuple[float, float]
@@ -42,23 +39,42 @@ def adamw_ref_(
 
 def sliced_adamw_(
     tensors: tuple[Tensor, ...],
-    boxes: Iterable[tuple[StridedBox, Rates]],
+    rows: np.ndarray,
+    rates: np.ndarray,
     lr: float,
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """The compiled update of disjoint boxes of a flat float32 partition, in one pass.
+    """The compiled update of disjoint rectangles of a flat float32 partition, in one pass.
 
-    `tensors` are weights, gradient, first and second moments, contiguous and of one size; what no
-    box holds keeps its bits. Needs the extension; equals the reference within rounding.
+    `tensors` are weights, gradient, first and second moments, contiguous and of one size; `rows`
+    (N, 4) int64 are the rectangles as offset, rows, columns, row stride, `rates` (N, 2) float64
+    their rates. What no rectangle holds keeps its bits. Needs the extension; equals
+    `sliced_adamw_ref_` within rounding.
     """
-    rows = [(row, rates) for box, rates in boxes for row in as_rows(box)]
     torch.ops.vimnas_ds.sliced_adamw_(
         *(t.view(-1) for t in tensors),
-        torch.tensor([row for row, _ in rows]),
-        torch.tensor([rates for _, rates in rows], dtype=torch.float64),
+        torch.from_numpy(rows),
+        torch.from_numpy(rates),
         1 - lr * weight_decay,
         *betas,
         eps,
     )
+
+
+def sliced_adamw_ref_(
+    tensors: tuple[Tensor, ...],
+    rows: np.ndarray,
+    rates: np.ndarray,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """`adamw_ref_` on every rectangle: the arguments of `sliced_adamw_`, on any device."""
+    for (offset, height, width, stride), rate in zip(rows.tolist(), rates.tolist(), strict=True):
+        w, g, m, v = (
+            t.as_strided((height, width), (stride, 1), t.storage_offset() + offset) for t in tensors
+        )
+        adamw_ref_(w, g, m, v, tuple(rate), lr, weight_decay, betas, eps)

@@ -17,7 +17,7 @@ Cost: 28 bytes moved per active element; counts are the same on all ranks, a few
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from vimnas_ds.layout import Activation, ParamGrids
 from vimnas_ds.ops._extension import usable
-from vimnas_ds.ops.adamw import Rates, adamw_ref_, sliced_adamw_
-from vimnas_ds.ops.boxes import StridedBox, boxes_in_range, merge_cells
+from vimnas_ds.ops.adamw import Rates, sliced_adamw_, sliced_adamw_ref_
+from vimnas_ds.ops.boxes import as_rows, boxes_in_range, merge_cells
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class SampledAdamW(torch.optim.Optimizer):
         self._names: dict[Tensor, list[str]] = {}
         self._activation: Activation | None = None
         self._active_cells = lru_cache(maxsize=65536)(self._find_active)
-        self._boxes = lru_cache(maxsize=262144)(self._find_boxes)
+        self._rows = lru_cache(maxsize=262144)(self._find_rows)
 
     # -- where parameters lie ---------------------------------------------------------------
 
@@ -150,18 +150,24 @@ class SampledAdamW(torch.optim.Optimizer):
         extents = self._activation.extents(grid.layout, grid.head_dim)
         return self._active_cells(name, extents) if extents else None
 
-    def _find_boxes(
-        self, fragment: Fragment, low: tuple[int, ...], high: tuple[int, ...]
-    ) -> list[StridedBox]:
-        shape = self.grids.grids[fragment.name].layout.shape
-        start = fragment.param_start
-        shift = fragment.flat_start - start
-        return [
-            (offset + shift, sizes, strides)
-            for offset, sizes, strides in boxes_in_range(
-                shape, low, high, start, start + fragment.numel
-            )
-        ]
+    def _find_rows(
+        self, fragment: Fragment, pattern: tuple[int | None, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rectangles (N, 4) of the fragment's flat tensor, and the number (N,) that `pattern` gives
+        to the cells of each; None cells are left out, neighbours of one number joined."""
+        grid = self.grids.grids[fragment.name]
+        start, stop = fragment.param_start, fragment.param_start + fragment.numel
+        rows: list[tuple[int, int, int, int]] = []
+        numbers: list[int] = []
+        for first, last, number in merge_cells(pattern, grid.counts_per_axis):
+            low, high = grid.corner(first), grid.corner(last)
+            for box in boxes_in_range(grid.layout.shape, low, high, start, stop):
+                found = list(as_rows(box))
+                rows += found
+                numbers += [number] * len(found)
+        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        table[:, 0] += fragment.flat_start - start
+        return table, np.array(numbers, dtype=np.int64)
 
     # -- the update -------------------------------------------------------------------------
 
@@ -186,39 +192,33 @@ class SampledAdamW(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], flat: Tensor) -> None:
         """All active rectangles of one flat tensor."""
         fused = usable(flat) and flat.dtype == torch.float32 if self.fused is None else self.fused
-        boxes: list[tuple[StridedBox, Rates]] = []
-        for fragment in self._fragments[flat]:
-            boxes += self._rated_boxes(group, fragment)
-        if not boxes:
+        found = [self._rated_rows(group, fragment) for fragment in self._fragments[flat]]
+        if not found:
             return
+        rows, rates = (np.concatenate(part) for part in zip(*found, strict=True))
         state = self.state[flat]
         assert flat.grad is not None
         tensors = (flat.detach(), flat.grad, state["exp_avg"], state["exp_avg_sq"])
-        settings = (group["lr"], group["weight_decay"], group["betas"], group["eps"])
-        if fused:
-            sliced_adamw_(tensors, boxes, *settings)
-            return
-        for (offset, sizes, strides), rate in boxes:
-            w, g, m, v = (
-                t.as_strided(sizes, strides, t.storage_offset() + offset) for t in tensors
-            )
-            adamw_ref_(w, g, m, v, rate, *settings)
+        update = sliced_adamw_ if fused else sliced_adamw_ref_
+        update(
+            tensors, rows, rates, group["lr"], group["weight_decay"], group["betas"], group["eps"]
+        )
 
-    def _rated_boxes(
+    def _rated_rows(
         self, group: dict[str, Any], fragment: Fragment
-    ) -> Iterator[tuple[StridedBox, Rates]]:
-        """The fragment's active rectangles, each of equal rates."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The fragment's active rectangles (N, 4), and their rates (N, 2)."""
         active = self.active_cells(fragment.name)
         if active is None:
-            return
-        grid, counts = self.grids.grids[fragment.name], self.counts[fragment.name]
-        rates = [
-            _bias_corrections(int(n), group["lr"], group["betas"]) if on else None
-            for n, on in zip(counts, active, strict=True)
-        ]
-        for first, last, rate in merge_cells(rates, grid.counts_per_axis):
-            for box in self._boxes(fragment, grid.corner(first), grid.corner(last)):
-                yield box, rate
+            return np.empty((0, 4), dtype=np.int64), np.empty((0, 2))
+        lr, betas = group["lr"], group["betas"]
+        numbers: dict[Rates, int] = {}
+        pattern = tuple(
+            numbers.setdefault(_bias_corrections(n, lr, betas), len(numbers)) if on else None
+            for n, on in zip(self.counts[fragment.name].tolist(), active.tolist(), strict=True)
+        )
+        rows, which = self._rows(fragment, pattern)
+        return rows, np.array(list(numbers)).reshape(-1, 2)[which]
 
     # -- state ------------------------------------------------------------------------------
 
