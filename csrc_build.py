@@ -47,7 +47,8 @@ def extension() -> tuple[list[Any], dict[str, Any]]:
 
     flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-fopenmp"]  # at::parallel_for is a plain loop without it
-    sources = ["csrc/schemas.cpp", "csrc/sliced_linear.cpp", "csrc/adamw.cpp", "csrc/gates.cpp"]
+    names = ("schemas", "sliced_linear", "gates", "rows", "adamw")
+    sources = [f"csrc/{name}.cpp" for name in names]
     if root is None:
         built = CppExtension(
             "vimnas_ds._C",

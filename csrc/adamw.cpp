@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "clones.h"
 
 namespace vimnas {
 namespace {
@@ -21,10 +22,8 @@ struct Rates {
   float decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, inverse_correction;
 };
 
-// The loader picks the widest clone that the processor has.
-__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) void update_row(
-    float* __restrict__ w, const float* __restrict__ g, float* __restrict__ m,
-    float* __restrict__ v, int64_t n, Rates r) {
+VIMNAS_CLONES void update_row(float* __restrict__ w, const float* __restrict__ g,
+                              float* __restrict__ m, float* __restrict__ v, int64_t n, Rates r) {
   for (int64_t k = 0; k < n; ++k) {
     const float grad = g[k];
     const float first = m[k] + r.one_minus_beta1 * (grad - m[k]);

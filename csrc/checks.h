@@ -70,6 +70,14 @@ inline void check_mass(const char* op, const at::Tensor& x, const at::Tensor& ma
                     mass.device());
 }
 
+// The kernels read dy by x's shape and dtype.
+inline void check_gradient(const char* op, const at::Tensor& dy, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(
+      dy.sizes() == x.sizes() && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
+      op, ": gradient ", dy.toString(), " ", dy.sizes(), " does not fit x ", x.toString(), " ",
+      x.sizes());
+}
+
 inline void check_gate(const char* op, const at::Tensor& x, const at::Tensor& mass) {
   check_mass(op, x, mass);
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == mass.size(0), op, ": mass of ", mass.size(0),

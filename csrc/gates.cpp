@@ -1,10 +1,13 @@
 // Gates of the alpha step: soft choices as masses on channels (METHOD.md section 3). CPU, Meta and
-// gradients; weights are constants. Masses and their gradients are float32 under bfloat16.
+// gradients; weights are constants. Masses and their gradients are float32 under bfloat16. Forward
+// and backward read and write the activations once each; a mass's gradient is a sum over blocks of
+// rows.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "checks.h"
+#include "row_blocks.h"
 
 namespace vimnas {
 namespace {
@@ -13,64 +16,142 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-Tensor as_rows(const Tensor& x) { return x.reshape({-1, x.size(-1)}).to(wide(x)); }
-
-std::tuple<Tensor, Tensor> norm_cpu(const Tensor& x, const Tensor& mass, const Tensor& weight,
-                                    const Tensor& bias, double eps) {
-  check_norm(x, mass, weight, bias);
-  const Tensor rows = as_rows(x), share = mass / mass.sum();
-  const Tensor mean = at::mv(rows, share);
-  Tensor y = rows - mean.unsqueeze(1);
-  const Tensor rstd = (at::mv(y.square(), share) + eps).rsqrt();
-  y.mul_(rstd.unsqueeze(1)).mul_(weight.to(wide(x)) * mass).add_(bias.to(wide(x)) * mass);
-  return {y.to(x.scalar_type()).view(x.sizes()), at::stack({mean, rstd}, 1)};
+// f(scalar_t{}, rows, cols) with x's element type and its form as rows.
+template <class F>
+void over_rows(const Tensor& x, const F& f) {
+  const int64_t cols = x.size(-1);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "gate",
+                                 [&] { f(scalar_t{}, x.numel() / std::max<int64_t>(1, cols), cols); });
 }
 
-std::tuple<Tensor, Tensor> norm_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& mass,
-                                             const Tensor& weight, const Tensor& bias,
-                                             const Tensor& stats) {
-  check_norm(x, mass, weight, bias);
-  const Tensor rows = as_rows(x), grad = as_rows(dy), w = weight.to(wide(x));
-  const Tensor total = mass.sum(), share = mass / total;
-  const Tensor mean = stats.select(1, 0).unsqueeze(1), rstd = stats.select(1, 1).unsqueeze(1);
-  const Tensor h = (rows - mean) * rstd;
-  const Tensor a = grad * (mass * w) * rstd;
-  const Tensor first = a.sum(1, true), second = (a * h).sum(1, true);  // A, B of the row
-  const Tensor dx = a - share * (first + h * second);
-  // through y, and through the shares in mean and variance (their common scale cancels)
-  const Tensor spread = at::mv(h.square(), share).unsqueeze(1);
-  const Tensor through = (first * h + 0.5 * second * (h.square() - spread)) / rstd;
-  const Tensor dmass =
-      (grad * (h * w + bias.to(wide(x)))).sum(0) - through.sum(0) / total;
-  return {dx.to(x.scalar_type()).view(x.sizes()), dmass};
+// The masses and weights of a gated norm in the statistics' type, alive as long as this is.
+template <class W>
+struct NormArguments {
+  NormArguments(const Tensor& mass, const Tensor& weight, const Tensor& bias, double eps)
+      : sum(mass.sum()), share(mass / sum), w(weight.to(mass)), b(bias.to(mass)) {
+    n = {share.const_data_ptr<W>(), w.template const_data_ptr<W>(), b.template const_data_ptr<W>(),
+         mass.const_data_ptr<W>(), W(eps), sum.item<W>()};
+  }
+  Tensor sum, share, w, b;
+  rows::Norm<W> n;
+};
+
+std::tuple<Tensor, Tensor> norm_cpu(const Tensor& input, const Tensor& mass, const Tensor& weight,
+                                    const Tensor& bias, double eps) {
+  check_norm(input, mass, weight, bias);
+  const Tensor x = input.contiguous();
+  Tensor y = at::empty_like(x), stats;
+  over_rows(x, [&](auto type, int64_t rows, int64_t cols) {
+    using T = decltype(type);
+    using W = rows::Wide<T>;
+    const NormArguments<W> given(mass, weight, bias, eps);
+    stats = at::empty({rows, 2}, mass.options());
+    const T* in = x.const_data_ptr<T>();
+    T* out = y.mutable_data_ptr<T>();
+    W* statistics = stats.mutable_data_ptr<W>();
+    each_block(rows, cols, [&](int64_t first, int64_t count) {
+      rows::norm(in + first * cols, given.n, out + first * cols, statistics + 2 * first, count,
+                 cols);
+    });
+  });
+  return {y, stats};
+}
+
+std::tuple<Tensor, Tensor> norm_backward_cpu(const Tensor& dy, const Tensor& input,
+                                             const Tensor& mass, const Tensor& weight,
+                                             const Tensor& bias, const Tensor& stats) {
+  check_norm(input, mass, weight, bias);
+  check_gradient("gated_norm", dy, input);
+  const Tensor x = input.contiguous(), grad = dy.contiguous();
+  Tensor dx = at::empty_like(x), dmass;
+  over_rows(x, [&](auto type, int64_t rows, int64_t cols) {
+    using T = decltype(type);
+    using W = rows::Wide<T>;
+    const NormArguments<W> given(mass, weight, bias, /*eps=*/0);
+    const T *d = grad.const_data_ptr<T>(), *in = x.const_data_ptr<T>();
+    const W* statistics = stats.const_data_ptr<W>();
+    T* out = dx.mutable_data_ptr<T>();
+    dmass = sum_over_blocks<W>(rows, cols, [&](int64_t first, int64_t count, W* sums) {
+      const int64_t at = first * cols;
+      rows::norm_backward(d + at, in + at, given.n, statistics + 2 * first, out + at, sums, count,
+                          cols);
+    });
+  });
+  return {dx, dmass};
+}
+
+// GELU of x, or x itself, times the mass of each channel; mass (D,).
+template <bool kGelu>
+Tensor gate_pass(const Tensor& input, const Tensor& mass) {
+  const Tensor x = input.contiguous();
+  Tensor y = at::empty_like(x);
+  over_rows(x, [&](auto type, int64_t rows, int64_t cols) {
+    using T = decltype(type);
+    const T* in = x.const_data_ptr<T>();
+    const auto* m = mass.const_data_ptr<rows::Wide<T>>();
+    T* out = y.mutable_data_ptr<T>();
+    each_block(rows, cols, [&](int64_t first, int64_t count) {
+      const int64_t at = first * cols;
+      if constexpr (kGelu) {
+        rows::gated_gelu(in + at, m, out + at, count, cols);
+      } else {
+        rows::scale(in + at, m, out + at, count, cols);
+      }
+    });
+  });
+  return y;
+}
+
+template <bool kGelu>
+std::tuple<Tensor, Tensor> gate_backward_pass(const Tensor& dy, const Tensor& input,
+                                              const Tensor& mass) {
+  const Tensor x = input.contiguous(), grad = dy.contiguous();
+  Tensor dx = at::empty_like(x), dmass;
+  over_rows(x, [&](auto type, int64_t rows, int64_t cols) {
+    using T = decltype(type);
+    using W = rows::Wide<T>;
+    const T *d = grad.const_data_ptr<T>(), *in = x.const_data_ptr<T>();
+    const W* m = mass.const_data_ptr<W>();
+    T* out = dx.mutable_data_ptr<T>();
+    dmass = sum_over_blocks<W>(rows, cols, [&](int64_t first, int64_t count, W* sums) {
+      const int64_t at = first * cols;
+      if constexpr (kGelu) {
+        rows::gated_gelu_backward(d + at, in + at, m, out + at, sums, count, cols);
+      } else {
+        rows::scale_backward(d + at, in + at, m, out + at, sums, count, cols);
+      }
+    });
+  });
+  return {dx, dmass};
 }
 
 Tensor gelu_cpu(const Tensor& x, const Tensor& mass) {
   check_gate("gated_gelu", x, mass);
-  return (at::gelu(x, "tanh") * mass).to(x.scalar_type());
+  return gate_pass<true>(x, mass);
 }
 
 std::tuple<Tensor, Tensor> gelu_backward_cpu(const Tensor& dy, const Tensor& x,
                                              const Tensor& mass) {
   check_gate("gated_gelu", x, mass);
-  const Tensor grad = as_rows(dy), rows = as_rows(x);
-  const Tensor dmass = (grad * at::gelu(rows, "tanh")).sum(0);
-  const Tensor dx = at::gelu_backward(grad * mass, rows, "tanh");
-  return {dx.to(x.scalar_type()).view(x.sizes()), dmass};
+  check_gradient("gated_gelu", dy, x);
+  return gate_backward_pass<true>(dy, x, mass);
+}
+
+Tensor per_channel(const Tensor& x, const Tensor& mass) {
+  return mass.repeat_interleave(x.size(-1) / mass.size(0));
 }
 
 Tensor heads_cpu(const Tensor& x, const Tensor& mass) {
   check_heads(x, mass);
-  const int64_t width = x.size(-1) / mass.size(0);
-  return (x * mass.repeat_interleave(width)).to(x.scalar_type());
+  return gate_pass<false>(x, per_channel(x, mass));
 }
 
 std::tuple<Tensor, Tensor> heads_backward_cpu(const Tensor& dy, const Tensor& x,
                                               const Tensor& mass) {
   check_heads(x, mass);
-  const Tensor grad = as_rows(dy);
-  const Tensor dmass = (grad * as_rows(x)).sum(0).view({mass.size(0), -1}).sum(1);
-  return {heads_cpu(dy, mass).contiguous(), dmass};
+  check_gradient("head_gate", dy, x);
+  auto [dx, sums] = gate_backward_pass<false>(dy, x, per_channel(x, mass));
+  return {dx, sums.view({mass.size(0), -1}).sum(1)};
 }
 
 Tensor like(const Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }

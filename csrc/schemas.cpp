@@ -15,6 +15,11 @@ TORCH_LIBRARY(vimnas_ds, m) {
       "_sliced_linear_backward(Tensor[] dy, Tensor x, Tensor weight, Tensor pre, bool need_dx,"
       " bool need_dw, bool need_db) -> (Tensor, Tensor, Tensor)");
 
+  m.def("_gelu(Tensor pre) -> Tensor");
+  m.def(
+      "sliced_mlp(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int hidden,"
+      " int out_features) -> Tensor");
+
   m.def("gated_norm(Tensor x, Tensor mass, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(
       "_gated_norm(Tensor x, Tensor mass, Tensor weight, Tensor bias, float eps)"

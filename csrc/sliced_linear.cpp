@@ -3,19 +3,23 @@
 // BLAS reads the block through its leading dimension, so no weight is copied. The gradient is one
 // full-size tensor, because ZeRO-2 reduces whole parameters: the GEMM writes its block and only
 // the strips around it are zeroed. GELU (tanh) joins the bias's pass in forward, and its
-// derivative the bias gradient's pass in backward: 8 and 12 bytes an element in float32.
+// derivative the bias gradient's pass in backward: both 12 bytes an element in float32.
+//
+// `sliced_mlp` is fc1, GELU and fc2 as one node: it keeps the pre-activations alone and computes
+// GELU again in backward (8 bytes an element), which saves a quarter of a block's activations.
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
-#include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "checks.h"
+#include "row_blocks.h"
 
 namespace vimnas {
 namespace {
@@ -35,20 +39,60 @@ Tensor block(const Tensor& weight, int64_t group, int64_t o, int64_t i) {
   return weight.select(0, group).narrow(0, 0, o).narrow(1, 0, i);
 }
 
+// gelu(pre), after pre += bias where there is one; pre is (rows, cols), contiguous.
+Tensor gelu_pass(const Tensor& pre, const Tensor* bias) {
+  Tensor y = at::empty_like(pre);
+  const int64_t cols = pre.size(-1);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, pre.scalar_type(), "gelu", [&] {
+    scalar_t* const p = pre.mutable_data_ptr<scalar_t>();
+    scalar_t* const out = y.mutable_data_ptr<scalar_t>();
+    const scalar_t* const b = bias == nullptr ? nullptr : bias->const_data_ptr<scalar_t>();
+    each_block(pre.numel() / cols, cols, [&](int64_t first, int64_t count) {
+      rows::gelu(p + first * cols, b, out + first * cols, count, cols);
+    });
+  });
+  return y;
+}
+
+Tensor gelu_cpu(const Tensor& pre) { return gelu_pass(pre.contiguous(), nullptr); }
+
+// dy gelu'(pre), both (rows, cols) and contiguous, and its column sums.
+std::tuple<Tensor, Tensor> gelu_backward_pass(const Tensor& dy, const Tensor& pre) {
+  Tensor dpre = at::empty_like(dy), sums;
+  const int64_t cols = pre.size(-1);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, pre.scalar_type(), "gelu_backward", [&] {
+    using W = rows::Wide<scalar_t>;
+    const scalar_t *d = dy.const_data_ptr<scalar_t>(), *p = pre.const_data_ptr<scalar_t>();
+    scalar_t* const out = dpre.mutable_data_ptr<scalar_t>();
+    sums = sum_over_blocks<W>(
+        pre.numel() / cols, cols, [&](int64_t first, int64_t count, W* column_sums) {
+          const int64_t at = first * cols;
+          rows::gelu_backward(d + at, p + at, out + at, column_sums, count, cols);
+        });
+  });
+  return {dpre, sums};
+}
+
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                        int64_t out_features, bool gelu) {
   check_linear(x, weight, bias, out_features);
   const int64_t groups = weight.size(0), i = x.size(-1);
-  const Tensor rows = x.reshape({-1, i});
+  const Tensor rows = x.reshape({-1, i}), none = at::empty({0}, x.options());
   Tensor y = at::empty(output_shape(x, groups, out_features), x.options());
   const Tensor flat = y.view({groups, rows.size(0), out_features});
+  // bfloat16's bias goes into the GEMM's float32 accumulator, to be rounded once
+  const bool late = gelu && groups == 1 && x.scalar_type() != at::kBFloat16;
   for (int64_t g = 0; g < groups; ++g) {
     Tensor part = flat.select(0, g);
-    at::addmm_out(part, bias.select(0, g).narrow(0, 0, out_features), rows,
-                  block(weight, g, out_features, i).t());
+    const Tensor w = block(weight, g, out_features, i).t();
+    if (late) {
+      at::mm_out(part, rows, w);
+    } else {
+      at::addmm_out(part, bias.select(0, g).narrow(0, 0, out_features), rows, w);
+    }
   }
-  if (!gelu) return {y, at::empty({0}, x.options())};
-  return {at::gelu(y, "tanh"), y};
+  if (!gelu) return {y, none};
+  return {gelu_pass(y, late ? &bias : nullptr), y};
 }
 
 std::tuple<Tensor, Tensor> forward_meta(const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -82,7 +126,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(at::TensorList dy, const Tensor&
     Tensor grad = dy[g].reshape({-1, o});
     Tensor sum = need_db ? db.select(0, g).narrow(0, 0, o) : none;
     if (pre.numel() > 0) {
-      grad = at::gelu_backward(grad, pre.select(0, g).reshape({-1, o}), "tanh");
+      Tensor sums;
+      std::tie(grad, sums) =
+          gelu_backward_pass(grad.contiguous(), pre.select(0, g).reshape({-1, o}).contiguous());
+      if (need_db) sum.copy_(sums);
+    } else if (need_db) {
+      at::sum_out(sum, grad, 0);
     }
     if (need_dx) {
       Tensor flat = dx.view({-1, i});
@@ -93,7 +142,6 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(at::TensorList dy, const Tensor&
       }
     }
     if (need_dw) block(dw, g, o, i).addmm_(grad.t(), rows, /*beta=*/0);
-    if (need_db) at::sum_out(sum, grad, 0);
   }
   return {dx, dw, db};
 }
@@ -108,6 +156,11 @@ std::tuple<Tensor, Tensor, Tensor> backward_meta(at::TensorList dy, const Tensor
                   : none};
 }
 
+template <class F>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
+}
+
 using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                              int64_t, bool);
 using BackwardOp = std::tuple<Tensor, Tensor, Tensor>(at::TensorList, const Tensor&, const Tensor&,
@@ -115,10 +168,15 @@ using BackwardOp = std::tuple<Tensor, Tensor, Tensor>(at::TensorList, const Tens
 
 std::tuple<Tensor, Tensor> call_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                         int64_t out_features, bool gelu) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("vimnas_ds::_sliced_linear", "")
-                       .typed<ForwardOp>();
+  static auto op = find<ForwardOp>("vimnas_ds::_sliced_linear");
   return op.call(x, weight, bias, out_features, gelu);
+}
+
+std::tuple<Tensor, Tensor, Tensor> call_backward(at::TensorList dy, const Tensor& x,
+                                                 const Tensor& weight, const Tensor& pre,
+                                                 bool need_dx, bool need_dw, bool need_db) {
+  static auto op = find<BackwardOp>("vimnas_ds::_sliced_linear_backward");
+  return op.call(dy, x, weight, pre, need_dx, need_dw, need_db);
 }
 
 struct SlicedLinear : torch::autograd::Function<SlicedLinear> {
@@ -131,14 +189,11 @@ struct SlicedLinear : torch::autograd::Function<SlicedLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static auto op = c10::Dispatcher::singleton()
-                         .findSchemaOrThrow("vimnas_ds::_sliced_linear_backward", "")
-                         .typed<BackwardOp>();
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &pre = saved[2];
     const bool dx = ctx->needs_input_grad(0), dw = ctx->needs_input_grad(1),
                db = ctx->needs_input_grad(2);
-    auto [gx, gw, gb] = op.call(grads, x, weight, pre, dx, dw, db);
+    auto [gx, gw, gb] = call_backward(grads, x, weight, pre, dx, dw, db);
     return {dx ? gx : Tensor(), dw ? gw : Tensor(), db ? gb : Tensor(), Tensor(), Tensor()};
   }
 };
@@ -153,9 +208,63 @@ variable_list plain(const Tensor& x, const Tensor& weight, const Tensor& bias,
   return std::get<0>(call_forward(x, weight, bias, out_features, gelu)).unbind(0);
 }
 
+Tensor mlp_forward(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                   const Tensor& b2, int64_t hidden, int64_t out_features, Tensor& pre) {
+  TORCH_CHECK_VALUE(w1.dim() == 3 && w1.size(0) == 1 && w2.dim() == 3 && w2.size(0) == 1,
+                    "sliced_mlp: weights must be (1, O, I), got ", w1.sizes(), " and ",
+                    w2.sizes());
+  auto [h, before] = call_forward(x, w1, b1, hidden, true);
+  pre = before;
+  return std::get<0>(call_forward(h.select(0, 0), w2, b2, out_features, false)).select(0, 0);
+}
+
+struct SlicedMlp : torch::autograd::Function<SlicedMlp> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w1, const Tensor& b1,
+                        const Tensor& w2, const Tensor& b2, int64_t hidden,
+                        int64_t out_features) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor pre;
+    Tensor y = mlp_forward(x, w1, b1, w2, b2, hidden, out_features, pre);
+    ctx->save_for_backward({x, w1, w2, pre});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static auto gelu = find<Tensor(const Tensor&)>("vimnas_ds::_gelu");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &w1 = saved[1], &w2 = saved[2], &pre = saved[3];
+    const auto need = [&](size_t k) { return ctx->needs_input_grad(k); };
+    const bool first = need(0) || need(1) || need(2);
+    const Tensor none = at::empty({0}, x.options());
+    auto [dh, dw2, db2] = call_backward(grads, gelu.call(pre).select(0, 0), w2, none, first,
+                                        need(3), need(4));
+    Tensor dx, dw1, db1;
+    if (first) {
+      std::tie(dx, dw1, db1) = call_backward(dh, x, w1, pre, need(0), need(1), need(2));
+    }
+    const auto given = [&](size_t k, const Tensor& t) { return need(k) ? t : Tensor(); };
+    return {given(0, dx),  given(1, dw1), given(2, db1), given(3, dw2),
+            given(4, db2), Tensor(),      Tensor()};
+  }
+};
+
+Tensor mlp(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+           int64_t hidden, int64_t out_features) {
+  return SlicedMlp::apply(x, w1, b1, w2, b2, hidden, out_features);
+}
+
+Tensor mlp_plain(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                 const Tensor& b2, int64_t hidden, int64_t out_features) {
+  Tensor pre;
+  return mlp_forward(x, w1, b1, w2, b2, hidden, out_features, pre);
+}
+
+Tensor gelu_any(const Tensor& pre) { return at::gelu(pre, "tanh"); }
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vimnas_ds, CPU, m) {
+  m.impl("_gelu", gelu_cpu);
   m.impl("_sliced_linear", forward_cpu);
   m.impl("_sliced_linear_backward", backward_cpu);
 }
@@ -163,7 +272,14 @@ TORCH_LIBRARY_IMPL(vimnas_ds, Meta, m) {
   m.impl("_sliced_linear", forward_meta);
   m.impl("_sliced_linear_backward", backward_meta);
 }
-TORCH_LIBRARY_IMPL(vimnas_ds, Autograd, m) { m.impl("sliced_linear", autograd); }
-TORCH_LIBRARY_IMPL(vimnas_ds, CompositeExplicitAutograd, m) { m.impl("sliced_linear", plain); }
+TORCH_LIBRARY_IMPL(vimnas_ds, Autograd, m) {
+  m.impl("sliced_linear", autograd);
+  m.impl("sliced_mlp", mlp);
+}
+TORCH_LIBRARY_IMPL(vimnas_ds, CompositeExplicitAutograd, m) {
+  m.impl("_gelu", gelu_any);
+  m.impl("sliced_linear", plain);
+  m.impl("sliced_mlp", mlp_plain);
+}
 
 }  // namespace vimnas

@@ -49,14 +49,6 @@ Tensor partial_sums(const Tensor& like, int64_t numel) {
   return at::empty({numel}, like.options().dtype(at::kFloat));
 }
 
-// The kernels read dy by x's shape and dtype.
-void check_like(const char* op, const Tensor& dy, const Tensor& x) {
-  TORCH_CHECK_VALUE(
-      dy.sizes() == x.sizes() && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
-      op, ": gradient ", dy.toString(), " ", dy.sizes(), " does not fit x ", x.toString(), " ",
-      x.sizes());
-}
-
 // A (..., n) tensor as rows at one distance; copied only where it has no such form.
 struct Rows {
   Tensor tensor;  // keeps the memory
@@ -243,7 +235,7 @@ std::tuple<Tensor, Tensor> gated_norm_backward(const Tensor& dy, const Tensor& x
                                                const Tensor& mass, const Tensor& weight,
                                                const Tensor& bias, const Tensor& stats) {
   check_norm(x, mass, weight, bias);
-  check_like("gated_norm backward", dy, x);
+  check_gradient("gated_norm backward", dy, x);
   const int64_t cols = x.size(-1), rows = cols ? x.numel() / cols : 0;
   TORCH_CHECK_VALUE(stats.numel() == 2 * rows && stats.scalar_type() == at::kFloat,
                     "gated_norm backward: statistics ", stats.sizes(), " do not fit ", rows,
@@ -278,7 +270,7 @@ Tensor gated_gelu(const Tensor& x, const Tensor& mass) {
 std::tuple<Tensor, Tensor> gated_gelu_backward(const Tensor& dy, const Tensor& x,
                                                const Tensor& mass) {
   check_gate("gated_gelu", x, mass);
-  check_like("gated_gelu backward", dy, x);
+  check_gradient("gated_gelu backward", dy, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor upstream = dy.contiguous(), dense = x.contiguous(), m = mass.contiguous();
   const int64_t cols = x.size(-1), rows = cols ? x.numel() / cols : 0;
@@ -309,7 +301,7 @@ Tensor head_gate(const Tensor& x, const Tensor& mass) {
 std::tuple<Tensor, Tensor> head_gate_backward(const Tensor& dy, const Tensor& x,
                                               const Tensor& mass) {
   check_heads(x, mass);
-  check_like("head_gate backward", dy, x);
+  check_gradient("head_gate backward", dy, x);
   const c10::cuda::CUDAGuard guard(x.device());
   if (x.numel() == 0) {
     return {at::empty(x.sizes(), x.options()), at::zeros(mass.sizes(), mass.options())};

@@ -17,6 +17,7 @@ from vimnas_ds.layout import Axis
 from vimnas_ds.model.attention import attention, merge_heads, split_heads
 from vimnas_ds.model.layers import EntangledLinear, EntangledNorm, EntangledScale
 from vimnas_ds.ops.gates import gated_gelu, head_gate
+from vimnas_ds.ops.sliced_linear import sliced_mlp
 from vimnas_ds.space import SearchSpace
 
 
@@ -56,6 +57,11 @@ class _Mlp(nn.Module):
         self.fc1 = EntangledLinear(hidden, embed, layer=layer)
         self.fc2 = EntangledLinear(embed, hidden, layer=layer)
 
+    def forward(self, x: Tensor, hidden_dim: int, out_features: int) -> Tensor:
+        """x (..., i) -> (..., out_features)"""
+        fc1, fc2 = self.fc1.grouped(), self.fc2.grouped()
+        return sliced_mlp(x, fc1, fc2, hidden_dim, out_features)
+
 
 class Block(nn.Module):
     """Layer `layer` of the supernet."""
@@ -85,7 +91,7 @@ class Block(nn.Module):
         y = self.attn.proj(merge_heads(attention(q, k, v)), d)
         y = self.ls1(y) if self.layer_scale else y
         x = x + drop_path(y, drop_rate, self.training)
-        y = self.mlp.fc2(self.mlp.fc1(self.norm2(x), hidden_dim, gelu=True), d)
+        y = self.mlp(self.norm2(x), hidden_dim, d)
         y = self.ls2(y) if self.layer_scale else y
         return x + drop_path(y, drop_rate, self.training)
 

@@ -40,9 +40,12 @@ class EntangledLinear(nn.Module):
 
     def forward_groups(self, x: Tensor, out_features: int, gelu: bool = False) -> list[Tensor]:
         """x (..., i) -> one (..., out_features) per group."""
+        return sliced_linear(x, *self.grouped(), out_features, gelu)
+
+    def grouped(self) -> tuple[Tensor, Tensor]:
+        """The parameters as the operators take them: weight (G, O, I), bias (G, O)."""
         o, i = self.out_axis.size, self.in_axis.size
-        weight, bias = self.weight.view(self.groups, o, i), self.bias.view(self.groups, o)
-        return sliced_linear(x, weight, bias, out_features, gelu)
+        return self.weight.view(self.groups, o, i), self.bias.view(self.groups, o)
 
     def forward(self, x: Tensor, out_features: int, gelu: bool = False) -> Tensor:
         """x (..., i) -> (..., out_features), for a layer of one group."""

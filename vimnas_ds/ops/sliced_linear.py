@@ -95,3 +95,23 @@ def sliced_linear(
         raise ValueError(f"one dtype is needed, got {x.dtype}, {weight.dtype}, {bias.dtype}")
     parts = _SlicedLinear.apply(x, weight, bias, out_features).unbind(0)
     return [F.gelu(part, approximate="tanh") for part in parts] if gelu else list(parts)
+
+
+def sliced_mlp(
+    x: Tensor,
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    hidden: int,
+    out_features: int,
+) -> Tensor:
+    """A block's MLP: `sliced_linear` to `hidden` with GELU, then `sliced_linear` to `out_features`.
+
+    `first` and `second` are (weight (1, O, I), bias (1, O)); x (..., i) -> (..., out_features).
+    The compiled operator keeps the hidden pre-activations alone for backward and computes GELU
+    again there; the reference keeps GELU's result too. Raises what `sliced_linear` raises.
+    """
+    if usable(x):
+        return torch.ops.vimnas_ds.sliced_mlp(x, *first, *second, hidden, out_features)
+    (h,) = sliced_linear(x, *first, hidden, gelu=True)
+    (y,) = sliced_linear(h, *second, out_features)
+    return y
