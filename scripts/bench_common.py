@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vimnas_ds.model.attention import attention_backend
 from vimnas_ds.ops import _extension
+from vimnas_ds.processes import keep_freed_memory
 
 Side = Callable[[], object]
 
@@ -56,6 +57,8 @@ class Place:
 
 def start(args: argparse.Namespace) -> Place:
     """Set threads and seed, say what the numbers were taken on."""
+    if args.device == "cpu":
+        keep_freed_memory()  # as training does; both sides run under it
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)

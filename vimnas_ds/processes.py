@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 
 def local_processes(world_size: int) -> int:
@@ -17,3 +19,22 @@ def local_processes(world_size: int) -> int:
 def cores_per_process(world_size: int) -> int:
     """This process's share of the machine's cores, at least one."""
     return max(1, len(os.sched_getaffinity(0)) // local_processes(world_size))
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse the memory that a training step frees, in large pages.
+
+    By default glibc returns large freed blocks to the kernel, and the next step pays a page fault
+    for every 4 KiB of them again: a tenth of a CPU step (scripts/bench_step.py). To be called
+    before the first large tensor is made; does nothing off Linux's glibc.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for 2 MiB and more
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -23,7 +23,7 @@ from vimnas_ds.data.joint import JointData, Loaders, open_datasets
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.train.engine import build_supernet
 from vimnas_ds.train.evaluate import Evaluator
-from vimnas_ds.train.ranks import Ranks, check_agreement, gather_objects, use_cpu_threads
+from vimnas_ds.train.ranks import Ranks, check_agreement, gather_objects, settle_on_cpu
 from vimnas_ds.train.run_files import (
     ALPHAS_FILE,
     POSITION_FILE,
@@ -106,7 +106,7 @@ def open_network(
     config = read_run_config(path, list(overrides))
     if overrides:
         check_same_network(path, config)
-    use_cpu_threads(config.vimnas.cpu_threads, ranks)
+    settle_on_cpu(config.vimnas.cpu_threads, ranks)
     net = build_supernet(config)
     try:
         net.load_state_dict(load_file(str(path / WEIGHTS_FILE)))

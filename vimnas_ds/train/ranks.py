@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vimnas_ds.processes import cores_per_process
+from vimnas_ds.processes import cores_per_process, keep_freed_memory
 
 _CPU = torch.device("cpu")
 
@@ -69,10 +69,12 @@ def start_ranks(timeout_minutes: float = TRAINING_TIMEOUT, engine: bool = True) 
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def use_cpu_threads(count: int | None, ranks: Ranks) -> None:
-    """On a CPU, give torch `count` threads, or this process's share of the cores."""
+def settle_on_cpu(threads: int | None, ranks: Ranks) -> None:
+    """On a CPU, give torch `threads`, or this process's share of the cores, and let it reuse
+    freed memory. Before the model is built."""
     if ranks.device.type == "cpu":
-        torch.set_num_threads(count or cores_per_process(ranks.world_size))
+        keep_freed_memory()
+        torch.set_num_threads(threads or cores_per_process(ranks.world_size))
 
 
 def _free_port() -> int:
