@@ -3,8 +3,8 @@
     python scripts/bench_memory.py
 
 The first case of bench_step.py (vit_s, 8 images): every run is a fresh process that builds one side
-and takes three steps. memory_vit_s is the ratio of the processes' peaks, memory_vit_s_growth that of
-their growth above what the imports took (on a GPU: of torch.cuda.max_memory_allocated).
+and takes three steps. memory_vit_s is the ratio of the processes' peaks, memory_vit_s_growth that
+of their growth above what the imports took (on a GPU: of torch.cuda.max_memory_allocated).
 
 Floor: what the supernet holds beyond the sub-network, with equal activations: weights and two
 moments, 3 x 4 bytes x (36.4 - 21.8 M), and gradients, 4 x (32.2 - 21.8 M): 217 MB. Of a whole
