@@ -47,7 +47,7 @@ def extension() -> tuple[list[Any], dict[str, Any]]:
 
     flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-fopenmp"]  # at::parallel_for is a plain loop without it
-    names = ("schemas", "sliced_linear", "gates", "rows", "adamw")
+    names = ("schemas", "sliced_linear", "gemm", "rows", "gates", "adamw")
     sources = [f"csrc/{name}.cpp" for name in names]
     if root is None:
         built = CppExtension(

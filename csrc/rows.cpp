@@ -54,14 +54,29 @@ inline W gelu_of(W x, W& derivative) {
 }
 
 template <class T>
+inline __attribute__((always_inline)) void add_bias_rows(T* y, const T* bias, int64_t rows,
+                                                         int64_t cols) {
+  for (int64_t row = 0; row < rows; ++row, y += cols) {
+#pragma omp simd
+    for (int64_t c = 0; c < cols; ++c) store(y + c, load(y + c) + load(bias + c));
+  }
+}
+
+template <class T>
+inline __attribute__((always_inline)) void column_sums_rows(const T* dy, Wide<T>* sums,
+                                                            int64_t rows, int64_t cols) {
+  for (int64_t row = 0; row < rows; ++row, dy += cols) {
+#pragma omp simd
+    for (int64_t c = 0; c < cols; ++c) sums[c] += load(dy + c);
+  }
+}
+
+template <class T>
 inline __attribute__((always_inline)) void gelu_rows(T* pre, const T* bias, T* y, int64_t rows,
                                                      int64_t cols) {
   using W = Wide<T>;
   for (int64_t row = 0; row < rows; ++row, pre += cols, y += cols) {
-    if (bias != nullptr) {
-#pragma omp simd
-      for (int64_t c = 0; c < cols; ++c) store(pre + c, load(pre + c) + load(bias + c));
-    }
+    if (bias != nullptr) add_bias_rows(pre, bias, 1, cols);
 #pragma omp simd
     for (int64_t c = 0; c < cols; ++c) {
       W derivative;
@@ -201,6 +216,12 @@ inline __attribute__((always_inline)) void norm_backward_rows(const T* dy, const
 }  // namespace
 
 #define VIMNAS_ROWS(T)                                                                           \
+  VIMNAS_CLONES void add_bias(T* y, const T* bias, int64_t rows, int64_t cols) {                 \
+    add_bias_rows(y, bias, rows, cols);                                                          \
+  }                                                                                              \
+  VIMNAS_CLONES void column_sums(const T* dy, Wide<T>* sums, int64_t rows, int64_t cols) {       \
+    column_sums_rows(dy, sums, rows, cols);                                                      \
+  }                                                                                              \
   VIMNAS_CLONES void gelu(T* pre, const T* bias, T* y, int64_t rows, int64_t cols) {             \
     gelu_rows(pre, bias, y, rows, cols);                                                         \
   }                                                                                              \

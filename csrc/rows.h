@@ -22,6 +22,10 @@ struct Norm {
 };
 
 #define VIMNAS_ROWS(T)                                                                           \
+  /* y += bias */                                                                                \
+  void add_bias(T* y, const T* bias, int64_t rows, int64_t cols);                                \
+  /* sums += dy */                                                                               \
+  void column_sums(const T* dy, Wide<T>* sums, int64_t rows, int64_t cols);                      \
   /* pre += bias (unless null); y = gelu(pre) */                                                 \
   void gelu(T* pre, const T* bias, T* y, int64_t rows, int64_t cols);                            \
   /* dpre = dy gelu'(pre); sums += dpre */                                                       \

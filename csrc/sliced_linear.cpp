@@ -1,6 +1,7 @@
 // y = x W[:o, :i]^T + b[:o] through the leading block of a whole weight: CPU, Meta and gradients.
 //
-// BLAS reads the block through its leading dimension, so no weight is copied. The gradient is one
+// BLAS reads the block through its leading dimension, so no weight is copied; q, k and v, the
+// groups of one layer, are multiplied in one parallel region (gemm.cpp). The gradient is one
 // full-size tensor, because ZeRO-2 reduces whole parameters: the GEMM writes its block and only
 // the strips around it are zeroed. GELU (tanh) joins the bias's pass in forward, and its
 // derivative the bias gradient's pass in backward: both 12 bytes an element in float32.
@@ -13,12 +14,11 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "checks.h"
+#include "gemm.h"
 #include "row_blocks.h"
 
 namespace vimnas {
@@ -39,22 +39,18 @@ Tensor block(const Tensor& weight, int64_t group, int64_t o, int64_t i) {
   return weight.select(0, group).narrow(0, 0, o).narrow(1, 0, i);
 }
 
-// gelu(pre), after pre += bias where there is one; pre is (rows, cols), contiguous.
-Tensor gelu_pass(const Tensor& pre, const Tensor* bias) {
+Tensor gelu_cpu(const Tensor& input) {
+  const Tensor pre = input.contiguous();
   Tensor y = at::empty_like(pre);
   const int64_t cols = pre.size(-1);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, pre.scalar_type(), "gelu", [&] {
-    scalar_t* const p = pre.mutable_data_ptr<scalar_t>();
-    scalar_t* const out = y.mutable_data_ptr<scalar_t>();
-    const scalar_t* const b = bias == nullptr ? nullptr : bias->const_data_ptr<scalar_t>();
+    scalar_t *p = pre.mutable_data_ptr<scalar_t>(), *out = y.mutable_data_ptr<scalar_t>();
     each_block(pre.numel() / cols, cols, [&](int64_t first, int64_t count) {
-      rows::gelu(p + first * cols, b, out + first * cols, count, cols);
+      rows::gelu(p + first * cols, nullptr, out + first * cols, count, cols);
     });
   });
   return y;
 }
-
-Tensor gelu_cpu(const Tensor& pre) { return gelu_pass(pre.contiguous(), nullptr); }
 
 // dy gelu'(pre), both (rows, cols) and contiguous, and its column sums.
 std::tuple<Tensor, Tensor> gelu_backward_pass(const Tensor& dy, const Tensor& pre) {
@@ -73,26 +69,56 @@ std::tuple<Tensor, Tensor> gelu_backward_pass(const Tensor& dy, const Tensor& pr
   return {dpre, sums};
 }
 
+Tensor column_sums(const Tensor& dy) {
+  Tensor sums;
+  const int64_t cols = dy.size(-1);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, dy.scalar_type(), "bias_gradient", [&] {
+    using W = rows::Wide<scalar_t>;
+    const scalar_t* const d = dy.const_data_ptr<scalar_t>();
+    sums = sum_over_blocks<W>(dy.size(0), cols, [&](int64_t first, int64_t count, W* sum) {
+      rows::column_sums(d + first * cols, sum, count, cols);
+    });
+  });
+  return sums;
+}
+
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                        int64_t out_features, bool gelu) {
   check_linear(x, weight, bias, out_features);
   const int64_t groups = weight.size(0), i = x.size(-1);
-  const Tensor rows = x.reshape({-1, i}), none = at::empty({0}, x.options());
+  const Tensor flat_x = x.reshape({-1, i}), none = at::empty({0}, x.options());
   Tensor y = at::empty(output_shape(x, groups, out_features), x.options());
-  const Tensor flat = y.view({groups, rows.size(0), out_features});
-  // bfloat16's bias goes into the GEMM's float32 accumulator, to be rounded once
-  const bool late = gelu && groups == 1 && x.scalar_type() != at::kBFloat16;
-  for (int64_t g = 0; g < groups; ++g) {
-    Tensor part = flat.select(0, g);
-    const Tensor w = block(weight, g, out_features, i).t();
-    if (late) {
-      at::mm_out(part, rows, w);
-    } else {
-      at::addmm_out(part, bias.select(0, g).narrow(0, 0, out_features), rows, w);
+  const Tensor flat = y.view({groups, flat_x.size(0), out_features});
+  if (x.scalar_type() == at::kBFloat16) {  // the bias goes into the float32 accumulator
+    for (int64_t g = 0; g < groups; ++g) {
+      Tensor part = flat.select(0, g);
+      at::addmm_out(part, bias.select(0, g).narrow(0, 0, out_features), flat_x,
+                    block(weight, g, out_features, i).t());
     }
+    return {gelu ? gelu_cpu(y) : y, gelu ? y : none};
   }
-  if (!gelu) return {y, none};
-  return {gelu_pass(y, late ? &bias : nullptr), y};
+  const Tensor activated = gelu ? at::empty_like(y) : none;
+  std::vector<Product> products;
+  for (int64_t g = 0; g < groups; ++g) {
+    products.push_back({flat.select(0, g), flat_x, block(weight, g, out_features, i).t(), 0});
+  }
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sliced_linear", [&] {
+    scalar_t* const out = y.mutable_data_ptr<scalar_t>();
+    scalar_t* const h = gelu ? activated.mutable_data_ptr<scalar_t>() : nullptr;
+    const scalar_t* const b = bias.const_data_ptr<scalar_t>();
+    multiply(products, [&](int64_t first, int64_t count) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t at = (g * flat_x.size(0) + first) * out_features;
+        const scalar_t* const own = b + g * bias.size(1);
+        if (gelu) {
+          rows::gelu(out + at, own, h + at, count, out_features);
+        } else {
+          rows::add_bias(out + at, own, count, out_features);
+        }
+      }
+    });
+  });
+  return {gelu ? activated : y, gelu ? y : none};
 }
 
 std::tuple<Tensor, Tensor> forward_meta(const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -116,33 +142,27 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(at::TensorList dy, const Tensor&
                                                 bool need_dx, bool need_dw, bool need_db) {
   check_linear_backward(dy, x, weight, pre);
   const int64_t groups = weight.size(0), o = dy[0].size(-1), i = x.size(-1);
-  const Tensor rows = x.reshape({-1, i}), none = at::empty({0}, x.options());
+  const Tensor flat_x = x.reshape({-1, i}), none = at::empty({0}, x.options());
   Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : none;
   Tensor dw = need_dw ? at::empty(weight.sizes(), weight.options()) : none;
   Tensor db = need_db ? at::empty({groups, weight.size(1)}, weight.options()) : none;
   if (need_dw) zero_around(dw, o, i);
   if (need_db && o < weight.size(1)) db.narrow(1, o, weight.size(1) - o).zero_();
+  std::vector<Product> for_dx, for_dw;
   for (int64_t g = 0; g < groups; ++g) {
-    Tensor grad = dy[g].reshape({-1, o});
-    Tensor sum = need_db ? db.select(0, g).narrow(0, 0, o) : none;
+    Tensor grad = dy[g].reshape({-1, o}), sums;
     if (pre.numel() > 0) {
-      Tensor sums;
       std::tie(grad, sums) =
           gelu_backward_pass(grad.contiguous(), pre.select(0, g).reshape({-1, o}).contiguous());
-      if (need_db) sum.copy_(sums);
     } else if (need_db) {
-      at::sum_out(sum, grad, 0);
+      sums = column_sums(grad.contiguous());
     }
-    if (need_dx) {
-      Tensor flat = dx.view({-1, i});
-      if (g == 0) {
-        at::mm_out(flat, grad, block(weight, g, o, i));
-      } else {
-        flat.addmm_(grad, block(weight, g, o, i));
-      }
-    }
-    if (need_dw) block(dw, g, o, i).addmm_(grad.t(), rows, /*beta=*/0);
+    if (need_db) db.select(0, g).narrow(0, 0, o).copy_(sums);
+    if (need_dx) for_dx.push_back({dx.view({-1, i}), grad, block(weight, g, o, i), g ? 1.0 : 0.0});
+    if (need_dw) for_dw.push_back({block(dw, g, o, i), grad.t(), flat_x, 0});
   }
+  if (need_dx) multiply(for_dx);
+  if (need_dw) multiply_independent(for_dw);
   return {dx, dw, db};
 }
 
