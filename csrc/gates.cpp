@@ -71,7 +71,9 @@ std::tuple<Tensor, Tensor> norm_backward_cpu(const Tensor& dy, const Tensor& inp
     const T *d = grad.const_data_ptr<T>(), *in = x.const_data_ptr<T>();
     const W* statistics = stats.const_data_ptr<W>();
     T* out = dx.mutable_data_ptr<T>();
-    dmass = sum_over_blocks<W>(rows, cols, [&](int64_t first, int64_t count, W* sums) {
+    dmass = at::empty({cols}, mass.options());
+    W* const total = dmass.mutable_data_ptr<W>();
+    sum_over_blocks<W>(rows, cols, total, [&](int64_t first, int64_t count, W* sums) {
       const int64_t at = first * cols;
       rows::norm_backward(d + at, in + at, given.n, statistics + 2 * first, out + at, sums, count,
                           cols);
@@ -113,7 +115,9 @@ std::tuple<Tensor, Tensor> gate_backward_pass(const Tensor& dy, const Tensor& in
     const T *d = grad.const_data_ptr<T>(), *in = x.const_data_ptr<T>();
     const W* m = mass.const_data_ptr<W>();
     T* out = dx.mutable_data_ptr<T>();
-    dmass = sum_over_blocks<W>(rows, cols, [&](int64_t first, int64_t count, W* sums) {
+    dmass = at::empty({cols}, mass.options());
+    W* const total = dmass.mutable_data_ptr<W>();
+    sum_over_blocks<W>(rows, cols, total, [&](int64_t first, int64_t count, W* sums) {
       const int64_t at = first * cols;
       if constexpr (kGelu) {
         rows::gated_gelu_backward(d + at, in + at, m, out + at, sums, count, cols);

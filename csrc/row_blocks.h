@@ -2,11 +2,9 @@
 // threads there are.
 #pragma once
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "rows.h"
 
@@ -26,18 +24,20 @@ void each_block(int64_t rows, int64_t cols, const F& f) {
   });
 }
 
-// f(first row, rows, sums (cols)) for every block; returns the blocks' sums, added up: (cols).
-template <class W, class F>
-at::Tensor sum_over_blocks(int64_t rows, int64_t cols, const F& f) {
+// f(first row, rows, sums (cols)) for every block; writes the blocks' sums, added up in their
+// order, to out (cols).
+template <class W, class T, class F>
+void sum_over_blocks(int64_t rows, int64_t cols, T* out, const F& f) {
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const at::Tensor partial = at::empty({blocks, cols}, c10::CppTypeToScalarType<W>::value);
-  W* const sums = partial.mutable_data_ptr<W>();
+  std::vector<W> partial(blocks * cols, W(0));
   each_block(rows, cols, [&](int64_t first, int64_t count) {
-    W* const mine = sums + first / kBlockRows * cols;
-    std::fill_n(mine, cols, W(0));
-    f(first, count, mine);
+    f(first, count, partial.data() + first / kBlockRows * cols);
   });
-  return partial.sum(0);
+  for (int64_t b = 1; b < blocks; ++b) {
+    rows::column_sums(partial.data() + b * cols, partial.data(), 1, cols);
+  }
+  std::copy_n(partial.data(), blocks > 0 ? cols : 0, out);
+  if (blocks == 0) std::fill_n(out, cols, T(0));
 }
 
 }  // namespace vimnas

@@ -17,6 +17,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <cstring>
+
 #include "checks.h"
 #include "gemm.h"
 #include "row_blocks.h"
@@ -52,34 +54,30 @@ Tensor gelu_cpu(const Tensor& input) {
   return y;
 }
 
-// dy gelu'(pre), both (rows, cols) and contiguous, and its column sums.
-std::tuple<Tensor, Tensor> gelu_backward_pass(const Tensor& dy, const Tensor& pre) {
-  Tensor dpre = at::empty_like(dy), sums;
-  const int64_t cols = pre.size(-1);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, pre.scalar_type(), "gelu_backward", [&] {
-    using W = rows::Wide<scalar_t>;
-    const scalar_t *d = dy.const_data_ptr<scalar_t>(), *p = pre.const_data_ptr<scalar_t>();
-    scalar_t* const out = dpre.mutable_data_ptr<scalar_t>();
-    sums = sum_over_blocks<W>(
-        pre.numel() / cols, cols, [&](int64_t first, int64_t count, W* column_sums) {
-          const int64_t at = first * cols;
-          rows::gelu_backward(d + at, p + at, out + at, column_sums, count, cols);
-        });
-  });
-  return {dpre, sums};
-}
-
-Tensor column_sums(const Tensor& dy) {
-  Tensor sums;
-  const int64_t cols = dy.size(-1);
+// The bias gradient's first dy.size(1) entries at `db` (or nowhere), and the gradient before GELU:
+// dy gelu'(pre), or dy itself where pre is empty. dy and pre are (rows, cols) and contiguous.
+Tensor bias_gradient(const Tensor& dy, const Tensor& pre, void* db) {
+  const bool gelu = pre.numel() > 0;
+  if (!gelu && db == nullptr) return dy;
+  const int64_t rows = dy.size(0), cols = dy.size(1);
+  Tensor dpre = gelu ? at::empty_like(dy) : dy;
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, dy.scalar_type(), "bias_gradient", [&] {
     using W = rows::Wide<scalar_t>;
     const scalar_t* const d = dy.const_data_ptr<scalar_t>();
-    sums = sum_over_blocks<W>(dy.size(0), cols, [&](int64_t first, int64_t count, W* sum) {
-      rows::column_sums(d + first * cols, sum, count, cols);
+    const scalar_t* const p = gelu ? pre.const_data_ptr<scalar_t>() : nullptr;
+    scalar_t* const out = gelu ? dpre.mutable_data_ptr<scalar_t>() : nullptr;
+    std::vector<scalar_t> unwanted(db == nullptr ? cols : 0);
+    scalar_t* const total = db == nullptr ? unwanted.data() : static_cast<scalar_t*>(db);
+    sum_over_blocks<W>(rows, cols, total, [&](int64_t first, int64_t count, W* sums) {
+      const int64_t at = first * cols;
+      if (gelu) {
+        rows::gelu_backward(d + at, p + at, out + at, sums, count, cols);
+      } else {
+        rows::column_sums(d + at, sums, count, cols);
+      }
     });
   });
-  return sums;
+  return dpre;
 }
 
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -130,11 +128,16 @@ std::tuple<Tensor, Tensor> forward_meta(const Tensor& x, const Tensor& weight, c
   return {y, gelu ? at::empty_like(y) : at::empty({0}, x.options())};
 }
 
-// Zeros everywhere but in the leading (o, i) block of each group.
-void zero_around(Tensor& dw, int64_t o, int64_t i) {
-  const int64_t O = dw.size(1), I = dw.size(2);
-  if (o < O) dw.narrow(1, o, O - o).zero_();
-  if (i < I) dw.narrow(1, 0, o).narrow(2, i, I - i).zero_();
+// Zeros everywhere but in the leading (o, i) block of each (O, I) group.
+void zero_around(const Tensor& dw, int64_t o, int64_t i) {
+  const int64_t O = dw.size(1), I = dw.size(2), element = dw.element_size();
+  auto* const data = static_cast<char*>(dw.mutable_data_ptr());
+  at::parallel_for(0, dw.size(0) * O, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t kept = row % O < o ? i : 0;
+      std::memset(data + (row * I + kept) * element, 0, (I - kept) * element);
+    }
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(at::TensorList dy, const Tensor& x,
@@ -146,18 +149,17 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(at::TensorList dy, const Tensor&
   Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : none;
   Tensor dw = need_dw ? at::empty(weight.sizes(), weight.options()) : none;
   Tensor db = need_db ? at::empty({groups, weight.size(1)}, weight.options()) : none;
-  if (need_dw) zero_around(dw, o, i);
-  if (need_db && o < weight.size(1)) db.narrow(1, o, weight.size(1) - o).zero_();
+  if (need_dw && (o < weight.size(1) || i < weight.size(2))) zero_around(dw, o, i);
   std::vector<Product> for_dx, for_dw;
   for (int64_t g = 0; g < groups; ++g) {
-    Tensor grad = dy[g].reshape({-1, o}), sums;
-    if (pre.numel() > 0) {
-      std::tie(grad, sums) =
-          gelu_backward_pass(grad.contiguous(), pre.select(0, g).reshape({-1, o}).contiguous());
-    } else if (need_db) {
-      sums = column_sums(grad.contiguous());
+    char* sums = nullptr;
+    if (need_db) {
+      const int64_t size = db.element_size(), O = weight.size(1);
+      sums = static_cast<char*>(db.mutable_data_ptr()) + g * O * size;
+      std::memset(sums + o * size, 0, (O - o) * size);
     }
-    if (need_db) db.select(0, g).narrow(0, 0, o).copy_(sums);
+    const Tensor own = pre.numel() > 0 ? pre.select(0, g).reshape({-1, o}).contiguous() : none;
+    const Tensor grad = bias_gradient(dy[g].reshape({-1, o}).contiguous(), own, sums);
     if (need_dx) for_dx.push_back({dx.view({-1, i}), grad, block(weight, g, o, i), g ? 1.0 : 0.0});
     if (need_dw) for_dw.push_back({block(dw, g, o, i), grad.t(), flat_x, 0});
   }
