@@ -91,7 +91,7 @@ def mlp_arguments() -> list[torch.Tensor]:
 
 @needs_extension
 def test_mlp_has_exact_gradients_and_keeps_the_preactivations_alone():
-    x, w1, b1, w2, b2 = arguments = mlp_arguments()
+    x, w1, _, w2, _ = arguments = mlp_arguments()
     shapes = ((2, 2, 5), (1, 6, 6), (1, 6), (1, 4, 7), (1, 4))
     small = [rand(*shape).requires_grad_() for shape in shapes]
     assert torch.autograd.gradcheck(lambda *a: ops.sliced_mlp(*a, 5, 3), small)
