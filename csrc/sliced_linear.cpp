@@ -46,7 +46,9 @@ Tensor gelu_cpu(const Tensor& input) {
   Tensor y = at::empty_like(pre);
   const int64_t cols = pre.size(-1);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, pre.scalar_type(), "gelu", [&] {
-    scalar_t *p = pre.mutable_data_ptr<scalar_t>(), *out = y.mutable_data_ptr<scalar_t>();
+    // without a bias nothing is written to pre
+    auto* const p = const_cast<scalar_t*>(pre.const_data_ptr<scalar_t>());
+    scalar_t* const out = y.mutable_data_ptr<scalar_t>();
     each_block(pre.numel() / cols, cols, [&](int64_t first, int64_t count) {
       rows::gelu(p + first * cols, nullptr, out + first * cols, count, cols);
     });
