@@ -19,7 +19,7 @@ from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.encoded import read_encoded
 from vimnas_ds.data.images import read_image
 from vimnas_ds.data.order import Stream, locate
-from vimnas_ds.data.sampling import Window, draw_sample, frame_times
+from vimnas_ds.data.sampling import Cut, Window, draw_sample, frame_times
 from vimnas_ds.data.splits import drop_overlap, split_catalog
 
 AWKWARD = Path(__file__).parents[2] / "shared" / "data" / "awkward"
@@ -308,11 +308,11 @@ def test_only_the_crop_of_the_upright_picture_is_kept(tmp_path: Path) -> None:
     video = encode(tmp_path / "a.mp4", [picture] * 4, crf="1")
     sizes: list[tuple[int, int]] = []
 
-    def crop(width: int, height: int) -> Window:
+    def cut(width: int, height: int) -> Cut:
         sizes.append((width, height))
-        return Window(10, 34, 8, 12)
+        return Cut(Window(10, 34, 8, 12), 8, 12)
 
-    clip = read_clip(video, 2, 12, 0.0, crop)
+    clip = read_clip(video, 2, 12, 0.0, cut)
     assert sizes == [(64, 48)]
     assert clip.shape == (2, 8, 12, 3)
     assert clip.min() > 240
@@ -356,7 +356,7 @@ def test_awkward_files_are_usable_or_bad_in_bounded_time() -> None:
         for start in (0.0, 0.5, 1.0):
             begin = time.process_time()
             try:
-                clip = read_clip(path, 8, 8, start, lambda w, h: Window(0, 0, min(h, 64), w))
+                clip = read_clip(path, 8, 8, start, lambda w, h: Cut(Window(0, 0, h, w), 48, 64))
                 assert clip.shape[0] == 8
             except BadVideo:
                 bad.add(path.name)
