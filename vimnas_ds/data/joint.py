@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -175,6 +176,13 @@ class Loaders:
     def replaced(self) -> dict[str, int]:
         """Samples replaced so far in training, by dataset."""
         return self._sum(lambda loader: loader.bad_count)
+
+    def reasons(self) -> dict[str, Counter[str]]:
+        """Samples replaced so far in training, by dataset and by what was wrong."""
+        found: dict[str, Counter[str]] = {}
+        for (name, _), loader in self._training.items():
+            found.setdefault(name, Counter()).update(loader.reasons)
+        return found
 
     def fallbacks(self) -> dict[str, int]:
         """Training batches that DALI refused and that were decoded without it, by dataset."""

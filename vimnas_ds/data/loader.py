@@ -10,7 +10,7 @@ in its place and evaluation leaves it out; both count and name it.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from vimnas_ds.config import DatasetSection
-from vimnas_ds.data.bad import BadFile, TooManyBadFiles
+from vimnas_ds.data.bad import BadFile, TooManyBadFiles, kind_of
 from vimnas_ds.data.batches import Batch, Graphs, Made, Ready, hand_over, source_of
 from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.order import Stream, locate
@@ -67,6 +67,7 @@ class TrainLoader:
     Attributes:
         seen: samples delivered; bad_count: how many of them are substitutes.
         substitutions: what is wrong with each unusable file, by path.
+        reasons: how many samples were substituted, by what was wrong with the drawn file.
         fallbacks: batches that DALI refused and that were decoded without it.
 
     Raises:
@@ -94,6 +95,7 @@ class TrainLoader:
         self.name = name
         self.seen = self.bad_count = self.fallbacks = 0
         self.substitutions: dict[str, str] = {}
+        self.reasons: Counter[str] = Counter()
         self._section, self._stream = section, Stream(seed, name, split)
         self._files = FilePreparer(name, section, samples, device.type == "cuda")
         self._global_batch, self._batch = global_batch, global_batch // world_size
@@ -154,11 +156,15 @@ class TrainLoader:
         self.seen += len(made.ready)
         self.fallbacks += made.refused
         for one in made.ready:
-            self.bad_count += bool(one.failures)
             self.substitutions.update(one.failures)
+            if one.failures:
+                self.bad_count += 1
+                self.reasons[kind_of(next(iter(one.failures.values())))] += 1
         too_many = self.bad_count > self._max_bad_share * self.seen and self.seen >= MIN_SEEN
         if too_many or made.batch is None or len(made.batch.names) < len(made.ready):
-            raise TooManyBadFiles(self.name, self.bad_count, self.seen, self.substitutions)
+            raise TooManyBadFiles(
+                self.name, self.bad_count, self.seen, self.substitutions, self._section.root
+            )
         return hand_over(made.batch)
 
     def _submit(self, batch: int, places: Iterable[int], safe: bool) -> list[Future[Ready]]:

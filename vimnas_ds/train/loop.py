@@ -272,6 +272,7 @@ class Trainer:
         faults = {
             "skipped_steps": self.skipped,
             "samples_replaced": self.faults.replaced,
+            "replaced_by_reason": {k: dict(v) for k, v in self.faults.reasons.items() if v},
             "slow_batches": self.faults.slow_batches,
         }
         summary = write_summary(self.config, self.data, self.files, picks, scores, faults)
