@@ -8,22 +8,33 @@ import time
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.media import encode, numbered, numbers, section, touch
+from vimnas_ds.data import convert, decode, skip
 from vimnas_ds.data.bad import BadFile, BadVideo, DataMissing
 from vimnas_ds.data.catalog import Catalog, Sample, scan_dataset
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.encoded import read_encoded
 from vimnas_ds.data.images import read_image
 from vimnas_ds.data.order import Stream, locate
-from vimnas_ds.data.sampling import Window, draw_sample, frame_times
+from vimnas_ds.data.sampling import Cut, Window, draw_sample, frame_times
 from vimnas_ds.data.splits import drop_overlap, split_catalog
 
 AWKWARD = Path(__file__).parents[2] / "shared" / "data" / "awkward"
 
+needs_awkward = pytest.mark.skipif(not AWKWARD.is_dir(), reason=f"no files in {AWKWARD}")
+UNUSABLE = {
+    "derived__text_file_named.mp4",
+    "media3__drm_sample_fragmented_clearkey.mp4",
+    "media3__hls_multi-segment_init.mp4",
+    "media3__sample_audio_only.mp4",
+    "media3__vp9_invalid-bitstream.webm",
+    "moviepy__zero_bytes_result.webm",
+}
 
 CODECS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "h264": ("a.mp4", "libx264", {"bf": "3", "g": "8", "b-adapt": "0"}),
@@ -308,14 +319,119 @@ def test_only_the_crop_of_the_upright_picture_is_kept(tmp_path: Path) -> None:
     video = encode(tmp_path / "a.mp4", [picture] * 4, crf="1")
     sizes: list[tuple[int, int]] = []
 
-    def crop(width: int, height: int) -> Window:
+    def cut(width: int, height: int) -> Cut:
         sizes.append((width, height))
-        return Window(10, 34, 8, 12)
+        return Cut(Window(10, 34, 8, 12), 8, 12)
 
-    clip = read_clip(video, 2, 12, 0.0, crop)
+    clip = read_clip(video, 2, 12, 0.0, cut)
     assert sizes == [(64, 48)]
     assert clip.shape == (2, 8, 12, 3)
     assert clip.min() > 240
+
+
+def test_parts_are_scaled_as_an_exact_resize_would(tmp_path: Path) -> None:
+    """Against Pillow's filter of the same shape on the whole frame; grey, for chroma is coarser."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8)).astype(np.uint8))
+    picture = np.asarray(small.resize((161, 121), Image.Resampling.BICUBIC).convert("RGB"))
+    video = encode(tmp_path / "a.mkv", [picture] * 2, "ffv1", 12)
+    whole = Image.fromarray(read_clip(video, 1, 12, 0.0)[0])
+    assert whole.size == (161, 121)  # odd borders are kept
+    for window, size in (
+        (Window(10, 20, 80, 100), (32, 32)),
+        (Window(0, 0, 121, 161), (40, 53)),
+        (Window(30, 40, 20, 24), (32, 32)),
+    ):
+        part = Cut(window, *size)
+        clip = read_clip(video, 1, 12, 0.0, lambda w, h, part=part: part)[0]
+        w = window
+        box = (w.left, w.top, w.left + w.width, w.top + w.height)
+        expected = whole.resize(size[::-1], Image.Resampling.BILINEAR, box=box)
+        error = np.abs(clip.astype(int) - np.asarray(expected))
+        assert clip.shape[:2] == size
+        assert error.mean() < 0.6, window
+        assert error.max() < 6, window
+
+
+@pytest.mark.parametrize("turn", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1)])
+def test_the_part_of_a_turned_frame_is_that_of_the_upright_picture(
+    turn: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8))
+    picture = np.asarray(small.resize((64, 48), Image.Resampling.BICUBIC))
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+    monkeypatch.setattr(convert, "orientation", lambda _: tuple(map(bool, turn)))
+    upright = convert.Converter(frame, None)(frame)
+    width, height = upright.shape[1::-1]
+    assert (width, height) == ((48, 64) if turn[0] else (64, 48))
+    part = Cut(Window(4, 10, 24, 30), 24, 30)
+    sizes = []
+
+    def cut(width: int, height: int) -> Cut:
+        sizes.append((width, height))
+        return part
+
+    found = convert.Converter(frame, cut)(frame)
+    assert sizes == [(width, height)]
+    np.testing.assert_array_equal(found[2:-2, 2:-2], upright[6:26, 12:38])
+
+
+def exhaustive(path: Path, frames: int, fps: float, start: float) -> np.ndarray:
+    """The clip by the definition: decode everything, then look up each time."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        shown = [(float(f.pts * stream.time_base), f) for f in container.decode(stream)]
+        end = float((stream.start_time + stream.duration) * stream.time_base)
+    shown.sort(key=lambda pair: pair[0])
+    first = shown[0][0]
+    times = first + frame_times(end - first, frames, fps, start) + decode.TOLERANCE
+    chosen = [max((i for i, (t, _) in enumerate(shown) if t <= w), default=0) for w in times]
+    picture = convert.Converter(shown[0][1], None)
+    return np.stack([picture(shown[i][1]).copy() for i in chosen])
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_clips_equal_exhaustive_decoding_while_unseen_frames_are_passed_over(
+    tmp_path: Path, even: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H.264 with B-frames (as references and not), even and uneven frame times, any rate."""
+    rng = np.random.default_rng(5)
+    noise = [rng.integers(0, 255, (12, 16, 3)).astype(np.uint8) for _ in range(60)]
+    pictures = [np.kron(n, np.ones((4, 4, 1), np.uint8)) for n in noise]
+    ticks = [40 * i for i in range(60)] if even else np.cumsum(rng.integers(5, 120, 60)).tolist()
+    options = {"bf": "3", "g": "20", "b-adapt": "0", "b-pyramid": "normal", "crf": "30"}
+    video = encode(tmp_path / "a.mp4", pictures, "libx264", 25, ticks, **options)
+    told: list[int] = []
+    confirm = skip.Skipper.confirm
+
+    def spy(self: skip.Skipper, shown: list[float]) -> None:
+        told.append(self.skipped)
+        confirm(self, shown)
+
+    monkeypatch.setattr(skip.Skipper, "confirm", spy)
+    for frames, fps, start in ((8, 5, 0.4), (16, 12.5, 0.0), (8, 12.5, 1.0), (70, 25, 0.3)):
+        clip = read_clip(video, frames, fps, start)
+        np.testing.assert_array_equal(clip, exhaustive(video, frames, fps, start))
+    assert len(told) == 4  # none had to be read again
+    assert told[0] > 10
+    assert told[3] < 10 or not even
+
+
+@needs_awkward
+def test_passing_over_frames_changes_no_awkward_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    def clips() -> dict[tuple[str, float], bytes]:
+        return {
+            (path.name, start): read_clip(path, 8, 8, start, lambda w, h: part).tobytes()
+            for path in sorted(AWKWARD.iterdir())
+            if path.suffix == ".mp4" and path.name not in UNUSABLE
+            for start in (0.0, 0.4, 1.0)
+        }
+
+    part = Cut(Window(0, 0, 1, 1), 16, 16)
+    with_skipping = clips()
+    monkeypatch.setattr(skip, "CODECS", frozenset())
+    assert clips() == with_skipping
 
 
 def test_a_truncated_video_gives_clips_of_what_is_there(tmp_path: Path) -> None:
@@ -338,17 +454,6 @@ def test_files_that_are_not_videos_are_bad(tmp_path: Path, content: bytes) -> No
         read_clip(tmp_path / "missing_a.mp4", 4, 8, 0.5)
 
 
-needs_awkward = pytest.mark.skipif(not AWKWARD.is_dir(), reason=f"no files in {AWKWARD}")
-UNUSABLE = {
-    "derived__text_file_named.mp4",
-    "media3__drm_sample_fragmented_clearkey.mp4",
-    "media3__hls_multi-segment_init.mp4",
-    "media3__sample_audio_only.mp4",
-    "media3__vp9_invalid-bitstream.webm",
-    "moviepy__zero_bytes_result.webm",
-}
-
-
 @needs_awkward
 def test_awkward_files_are_usable_or_bad_in_bounded_time() -> None:
     bad = set()
@@ -356,7 +461,7 @@ def test_awkward_files_are_usable_or_bad_in_bounded_time() -> None:
         for start in (0.0, 0.5, 1.0):
             begin = time.process_time()
             try:
-                clip = read_clip(path, 8, 8, start, lambda w, h: Window(0, 0, min(h, 64), w))
+                clip = read_clip(path, 8, 8, start, lambda w, h: Cut(Window(0, 0, h, w), 48, 64))
                 assert clip.shape[0] == 8
             except BadVideo:
                 bad.add(path.name)

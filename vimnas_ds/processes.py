@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 
 def local_processes(world_size: int) -> int:
@@ -19,6 +20,20 @@ def local_processes(world_size: int) -> int:
 def cores_per_process(world_size: int) -> int:
     """This process's share of the machine's cores, at least one."""
     return max(1, len(os.sched_getaffinity(0)) // local_processes(world_size))
+
+
+def available_memory() -> int:
+    """Bytes that can still be used here: the machine's free memory, or what the container's limit
+    leaves of it. Without Linux's files, 2 GiB."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return 2**31
+    lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return max(free, 0)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>

@@ -7,7 +7,9 @@ loaders substitute or skip the sample and keep count, and only a dataset that is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 
 class DataMissing(ValueError):
@@ -31,6 +33,11 @@ class BadVideo(BadFile):
     """A video file of which no clip can be decoded."""
 
 
+def kind_of(reason: str) -> str:
+    """A reason without what differs from file to file: numbers and what stands in brackets."""
+    return re.sub(r"\s*\([^)]*\)|\s*\d+", "", reason).strip() or reason
+
+
 class TooManyBadFiles(ValueError):
     """A dataset with more unusable files than `vimnas.data.max_bad_share` allows.
 
@@ -39,13 +46,18 @@ class TooManyBadFiles(ValueError):
         bad: samples that had to be replaced.
         seen: samples asked for.
         reasons: what is wrong with each unusable file, by path.
+        root: the dataset's folder; the message says so if it is not there any more.
     """
 
-    def __init__(self, name: str, bad: int, seen: int, reasons: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, bad: int, seen: int, reasons: Mapping[str, str], root: Path | None = None
+    ) -> None:
         shown = [f"  {path}: {reason}" for path, reason in list(reasons.items())[:20]]
         rest = [f"  and {len(reasons) - 20} more"] if len(reasons) > 20 else []
+        gone = root is not None and not root.is_dir()
         super().__init__(
-            f"{name}: {bad} of {seen} samples could not be read "
+            (f"{name}: the folder {root} is not there any more; " if gone else "")
+            + f"{name}: {bad} of {seen} samples could not be read "
             "(the limit is vimnas.data.max_bad_share); the files:\n" + "\n".join(shown + rest)
         )
         self.reasons = dict(reasons)

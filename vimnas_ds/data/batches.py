@@ -1,13 +1,18 @@
-"""From prepared samples to a batch, with a second way for what DALI refuses.
+"""From prepared samples to a batch, with a second way for what DALI's decoders cannot read.
 
 DALI's decoders are the fast way. A sound file that they cannot read (an odd JPEG, a codec that the
-GPU lacks) must neither end the run nor be lost: its batch is prepared once more with the decoding
-done by Pillow or PyAV, and the same graph does the rest.
+GPU lacks, a rotated video) must neither end the run nor be lost: Pillow or PyAV decode it and the
+same graph does the rest. A clip known to be odd goes that way alone, its batch's others do not;
+only when DALI refuses what it was given are all samples that it was given prepared once more.
+
+On a GPU everything happens on a stream of its own, so that batches made ahead in another thread
+neither wait for the network nor hold it up; `hand_over` says who uses them next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +22,7 @@ from torch import Tensor
 from vimnas_ds.config import DatasetSection
 from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.pipelines import (
+    Device,
     Graph,
     GraphError,
     Source,
@@ -45,56 +51,110 @@ class Ready:
     failures: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Made:
+    """A batch of the samples that have a feed (None if there are none), the samples it was asked
+    for, and whether DALI refused some of them."""
+
+    batch: Batch | None
+    ready: list[Ready]
+    refused: bool = False
+
+
+def source_of(section: DatasetSection, device: torch.device) -> Source:
+    """How this dataset's files are decoded for batches on `device`."""
+    if section.is_image:
+        return "image"
+    return "nvdec" if device.type == "cuda" else "frames"
+
+
 class Graphs:
-    """The graph of a loader, and the one that takes a batch DALI's decoder refused."""
+    """The graph of a loader, and the one for samples that DALI's decoder cannot read."""
 
     def __init__(
         self,
         section: DatasetSection,
+        source: Source,
         batch: int,
         device: torch.device,
         threads: int,
         train: bool,
     ) -> None:
-        self.fallbacks = 0
-        gpu = device.type == "cuda"
         build = build_train_pipeline if train else build_eval_pipeline
-        self._source: Source = "image" if section.is_image else "nvdec" if gpu else "frames"
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._source: Source = source
         self._safe: Source = "image" if section.is_image else "frames"
+        where: Device = "gpu" if device.type == "cuda" else "cpu"
         self._graphs = {
-            source: Graph(
-                partial(
-                    build, section, source, batch, "gpu" if gpu else "cpu", threads, device.index
-                )
-            )
-            for source in dict.fromkeys((self._source, self._safe))
+            one: Graph(partial(build, section, one, batch, where, threads, device.index))
+            for one in dict.fromkeys((self._source, self._safe))
         }
 
-    def run(self, ready: list[Ready], redo: Callable[[], list[Ready]]) -> Batch:
-        """The batch; empty if `redo` leaves nothing.
+    def run(self, ready: Sequence[Ready], redo: Callable[[list[int]], list[Ready]]) -> Made:
+        """The batch of the samples that have a feed, in their order.
 
-        A batch that holds a file which is not for the GPU's decoder, or that DALI refuses, is
-        prepared again by `redo` without DALI's decoders.
+        Args:
+            redo: prepares the samples at these places again, without DALI's decoders.
+
+        Raises:
+            GraphError: DALI refuses even samples that it need not decode.
         """
-        feeds = [one.feed for one in ready if one.feed is not None]
-        if self._source != "nvdec" or all("encoded" in feed for feed in feeds):
-            try:
-                return make_batch(self._graphs[self._source].run(feeds), ready)
-            except GraphError:
-                if self._source == "frames":
-                    raise  # nothing is decoded there: another attempt would fail as well
-        self.fallbacks += 1
-        ready = redo()
-        feeds = [one.feed for one in ready if one.feed is not None]
-        if not feeds:
-            return make_batch(torch.empty(0), [])
-        return make_batch(self._graphs[self._safe].run(feeds), ready)
+        with self._own_stream():
+            ready, refused = list(ready), False
+            parts: list[tuple[list[int], Tensor]] = []
+            fast = [i for i, one in enumerate(ready) if one.feed and "encoded" in one.feed]
+            if fast:
+                try:
+                    parts.append((fast, self._run(self._source, ready, fast)))
+                except GraphError:
+                    refused = True
+                    for place, one in zip(fast, redo(fast), strict=True):
+                        ready[place] = one
+                    fast = []
+            slow = [i for i, one in enumerate(ready) if one.feed is not None and i not in set(fast)]
+            if slow:
+                parts.append((slow, self._run(self._safe, ready, slow)))
+            if not parts:
+                return Made(None, ready, refused)
+            kept = sorted(place for places, _ in parts for place in places)
+            x = parts[0][1] if len(parts) == 1 else _interleaved(parts)
+            return Made(make_batch(x, [ready[i] for i in kept]), ready, refused)
+
+    def _run(self, source: Source, ready: list[Ready], places: list[int]) -> Tensor:
+        feeds = (ready[i].feed for i in places)
+        return self._graphs[source].run([feed for feed in feeds if feed is not None])
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        if self._device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        return torch.cuda.stream(self._stream)
 
     def close(self) -> None:
         for graph in self._graphs.values():
             graph.close()
 
 
+def _interleaved(parts: list[tuple[list[int], Tensor]]) -> Tensor:
+    """One batch from parts of it, each with its samples' places."""
+    places = torch.tensor([place for of, _ in parts for place in of])
+    x = torch.cat([part for _, part in parts])
+    return x[places.argsort().to(x.device)]
+
+
 def make_batch(x: Tensor, ready: list[Ready]) -> Batch:
     y = torch.tensor([one.sample.label for one in ready], dtype=torch.int64, device=x.device)
+    if x.is_cuda:  # complete before another stream sees it
+        torch.cuda.current_stream(x.device).synchronize()
     return Batch(x, y, tuple(one.sample.path for one in ready))
+
+
+def hand_over(batch: Batch) -> Batch:
+    """To be called by the thread that uses the batch: its memory then waits for that stream."""
+    if batch.x.is_cuda:
+        user = torch.cuda.current_stream(batch.x.device)
+        batch.x.record_stream(user)
+        batch.y.record_stream(user)
+    return batch

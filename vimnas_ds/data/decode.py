@@ -7,7 +7,8 @@ by its real timestamps. What a header says is believed first and checked while d
 ends before its header promised, or starts after the wanted time because an index is wrong, is read
 once more from timestamps that were really found. A file without any usable frame is a `BadVideo`.
 
-Only wanted frames are converted to RGB, into one preallocated array. Everything is single-threaded
+Only wanted frames are converted to RGB, cropped and scaled on the way, into one preallocated array;
+frames that nobody sees and no other needs are not decoded (`skip`). Everything is single-threaded
 here (`thread_type` NONE, one scaling thread: automatic threads cost ten times the conversion of a
 small frame); loaders decode many files at once instead, and PyAV releases the GIL.
 """
@@ -27,7 +28,8 @@ from numpy.typing import NDArray
 
 from vimnas_ds.data.bad import BadVideo
 from vimnas_ds.data.convert import Converter
-from vimnas_ds.data.sampling import Window, frame_times
+from vimnas_ds.data.sampling import Cut, frame_times
+from vimnas_ds.data.skip import Inexact, Skipper
 
 #: Matroska rounds timestamps to milliseconds: a frame may be this late and still be shown.
 TOLERANCE = 6e-4
@@ -44,35 +46,53 @@ def read_clip(
     frames: int,
     fps: float,
     start: float,
-    crop: Callable[[int, int], Window] | None = None,
+    cut: Callable[[int, int], Cut] | None = None,
 ) -> Pixels:
-    """Decodes one clip: uint8 (T, h, w, 3), RGB, upright.
+    """Decodes one clip: uint8 (T, h, w, 3), RGB, upright, (h, w) being the cut's size.
 
     Args:
         frames, fps: the clip's length and sampling rate.
         start: place of the clip in the video's slack, 0 to 1 (see `frame_times`).
-        crop: maps the upright picture's (width, height) to the part to keep; None keeps all.
+        cut: maps the upright picture's (width, height) to the part to keep and the size to give it;
+            None keeps everything as it is.
 
     Raises:
         BadVideo: not a video, encrypted, corrupt or without frames.
     """
+    try:
+        clip = _read_promised(path, frames, fps, start, cut, skip=True)
+    except Inexact:
+        clip = _read_promised(path, frames, fps, start, cut, skip=False)
+    if clip is not None:
+        return clip
+    with open_video(path) as container:  # the header or the index was wrong
+        stream = container.streams.video[0]
+        first, duration = scan(container, stream, path)
+        times = first + frame_times(duration, frames, fps, start)
+        clip = _read(container, stream, path, times, None, cut, seek=False, skip=False)
+    if clip is None:
+        raise BadVideo(str(path), "no frame can be decoded")
+    return clip
+
+
+def _read_promised(
+    path: Path,
+    frames: int,
+    fps: float,
+    start: float,
+    cut: Callable[[int, int], Cut] | None,
+    skip: bool,
+) -> Pixels | None:
+    """The clip if the video is as its header says, else None."""
     with open_video(path) as container:
         stream = container.streams.video[0]
         first, duration = _header(container, stream)
         if duration is None:
             first, duration = scan(container, stream, path)
         times = frame_times(duration, frames, fps, start)
-        clip = _read(container, stream, path, first + times, first + duration, crop, times[0] > 0)
-        if clip is not None:
-            return clip
-    with open_video(path) as container:  # the header or the index was wrong
-        stream = container.streams.video[0]
-        first, duration = scan(container, stream, path)
-        times = first + frame_times(duration, frames, fps, start)
-        clip = _read(container, stream, path, times, None, crop, seek=False)
-    if clip is None:
-        raise BadVideo(str(path), "no frame can be decoded")
-    return clip
+        skip = skip and Skipper.suits(container, stream)
+        end, seek = first + duration, bool(times[0] > 0)
+        return _read(container, stream, path, first + times, end, cut, seek, skip)
 
 
 @contextmanager
@@ -159,56 +179,78 @@ def _read(
     path: Path,
     times: NDArray[np.float64],
     end: float | None,
-    crop: Callable[[int, int], Window] | None,
+    cut: Callable[[int, int], Cut] | None,
     seek: bool,
+    skip: bool,
 ) -> Pixels | None:
     """The frames at `times` (stream time, seconds).
 
     None if the video is not as its header says: it ends well before min(end, last time), or the
-    frame after the seek comes too late. With `end` None whatever is there is taken.
+    frame after the seek comes too late. With `end` None whatever is there is taken. Raises Inexact
+    only with `skip`.
     """
     if seek:
         container.seek(int(times[0] / float(stream.time_base or 1)), stream=stream, backward=True)
-    fill = _Fill(times, crop)
+    fill = _Fill(times, cut)
+    skipper = Skipper(stream, fill.times) if skip else None
     begins = float(times[0]) + TOLERANCE
     stamp, gap = -math.inf, 0.04
     previous: av.VideoFrame | None = None
-    for frame, time in decoded_frames(container, stream, path):
+    for frame, time in decoded_frames(container, stream, path, skipper):
         if previous is None and seek and time > begins:
             return None
         if previous is not None:
-            fill.show(previous, until=time)
-            gap = max(gap, time - stamp)
+            fill.show(previous, stamp, until=time)
+            gap = max(gap, time - stamp) if skipper is None else gap
+        else:
+            earliest = time
         previous, stamp = frame, time
         if fill.done:
-            return fill.clip
+            return _confirmed(fill, skipper)
     if previous is None:
         if end is None:
             raise BadVideo(str(path), "no frame can be decoded")
         return None
+    if skipper is not None:
+        gap = skipper.gap(earliest, stamp, gap)
     if end is not None and stamp + 2 * gap < min(end, times[-1]):
         return None
-    fill.show(previous, until=math.inf)
+    fill.show(previous, stamp, until=math.inf)
+    return _confirmed(fill, skipper)
+
+
+def _confirmed(fill: _Fill, skipper: Skipper | None) -> Pixels:
+    if skipper is not None:
+        skipper.confirm(fill.shown)
+        if fill.damaged and skipper.skipped:
+            raise Inexact  # what a decoder conceals with depends on what it decoded before
     return fill.clip
 
 
 def decoded_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, path: Path
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    path: Path,
+    skipper: Skipper | None = None,
 ) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Frames in display order with their times in seconds; damaged packets are passed over.
+    """Frames in display order with their times in seconds; damaged packets are passed over, and
+    what `skipper` may leave out. Raises Inexact where both happen.
 
     AVI stores no presentation times, and FFmpeg's guesses for B-frames run backwards: there the
     decoding time of a frame leaving the decoder is taken, which is late by one or two frames.
     """
     base, by_dts = float(stream.time_base or 0), container.format.name == "avi"
     time, errors = -math.inf, 0
-    for packet in _until_error(container.demux(stream)):
+    packets = _until_error(container.demux(stream))
+    for packet in packets if skipper is None else skipper.watch(packets):
         try:
             decoded = packet.decode()
         except StreamEnd:
             continue
         except FFmpegError as error:
             errors += 1
+            if skipper is not None and skipper.skipped:
+                raise Inexact from error
             if errors > MAX_ERRORS:
                 raise BadVideo(str(path), f"corrupt: {_reason(error)}") from error
             continue
@@ -224,33 +266,29 @@ def decoded_frames(
 class _Fill:
     """The clip being built: frames are shown in turn and land wherever a time asks for them."""
 
-    def __init__(
-        self, times: NDArray[np.float64], crop: Callable[[int, int], Window] | None
-    ) -> None:
+    def __init__(self, times: NDArray[np.float64], cut: Callable[[int, int], Cut] | None) -> None:
         self.times: list[float] = (times + TOLERANCE).tolist()
-        self.crop = crop
-        self.next = 0
-        self.done = False
+        self.shown: list[float] = []  #: the time of the frame shown at each of them
+        self.damaged = False
+        self.cut = cut
         self.clip: Pixels = np.empty((0, 0, 0, 3), np.uint8)
         self.convert: Converter | None = None
 
-    def show(self, frame: av.VideoFrame, until: float) -> None:
-        """Puts `frame` wherever the wanted time is before `until`, the next frame's time."""
-        begin = end = self.next
+    @property
+    def done(self) -> bool:
+        return len(self.shown) == len(self.times)
+
+    def show(self, frame: av.VideoFrame, stamp: float, until: float) -> None:
+        """Puts `frame`, of time `stamp`, wherever the wanted time is before `until`, the next
+        frame's time."""
+        begin = end = len(self.shown)
         while end < len(self.times) and self.times[end] < until:
             end += 1
         if end == begin:
             return
-        self.next, self.done = end, end == len(self.times)
         if self.convert is None:
-            self.convert = Converter(frame)
-            picture = self.convert(frame)
-            height, width = picture.shape[:2]
-            window = self.crop(width, height) if self.crop else Window(0, 0, height, width)
-            self.window = np.s_[
-                window.top : window.top + window.height, window.left : window.left + window.width
-            ]
-            self.clip = np.empty((len(self.times), window.height, window.width, 3), np.uint8)
-        else:
-            picture = self.convert(frame)
-        self.clip[begin:end] = picture[self.window]
+            self.convert = Converter(frame, self.cut)
+            self.clip = np.empty((len(self.times), *self.convert.size, 3), np.uint8)
+        self.clip[begin:end] = self.convert(frame)
+        self.shown += [stamp] * (end - begin)
+        self.damaged |= frame.is_corrupt

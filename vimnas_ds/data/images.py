@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vimnas_ds.data.bad import BadFile
 
@@ -51,6 +51,8 @@ def read_image(path: Path, verify: bool, transcode: bool = False) -> EncodedImag
             if verify:
                 image.draft(image.mode, (1, 1))
                 image.load()
+    except UnidentifiedImageError as error:
+        raise BadFile(str(path), "not an image") from error
     except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
         # Pillow's plugins raise all of these on damaged files
         raise BadFile(str(path), getattr(error, "strerror", None) or str(error)) from error

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from vimnas_ds.config import DataSection
+from vimnas_ds.data.ahead import Ahead, Wanted
 from vimnas_ds.data.bad import DataMissing
+from vimnas_ds.data.batches import Batch
+from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, scan_dataset
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.prepare import View
@@ -88,6 +92,41 @@ class Loaders:
         self.workers = data.section.workers or min(16, cores_per_process(world_size))
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         self._training: dict[tuple[str, str], TrainLoader] = {}
+        self._ahead: Ahead | None = None
+
+    def follow(self, plan: Iterable[Wanted], global_batches: Mapping[str, int]) -> Capacity:
+        """From now on makes the batches of `plan` ahead; `batch` must ask for them in its order.
+
+        Args:
+            global_batches: samples of all processes per batch of each split in the plan.
+        """
+        self._stop_following()
+        sizes = [size // self.world_size for size in global_batches.values()]
+        capacity = plan_capacity(self.data.section, sizes, self.world_size, self.device)
+        for name in self.data.splits:  # all loaders are there before the thread asks for them
+            for split, size in global_batches.items():
+                self.training(name, split, size)
+        self._ahead = Ahead(
+            plan,
+            lambda name, split: self._training[name, split],
+            capacity.decoding,
+            capacity.ready,
+        )
+        return capacity
+
+    def batch(self, name: str, split: str, global_batch: int, number: int) -> Batch:
+        """Batch `number` of a dataset's `train` or `alpha` split: made ahead if a plan is followed,
+        else now. Errors as `TrainLoader.next` and `Ahead.take`."""
+        if self._ahead is not None:
+            return self._ahead.take(Wanted(name, split, number))
+        loader = self.training(name, split, global_batch)
+        loader.seek(number)
+        return loader.next()
+
+    def _stop_following(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def training(self, name: str, split: str, global_batch: int) -> TrainLoader:
         """The stream of a dataset's `train` or `alpha` split."""
@@ -138,6 +177,13 @@ class Loaders:
         """Samples replaced so far in training, by dataset."""
         return self._sum(lambda loader: loader.bad_count)
 
+    def reasons(self) -> dict[str, Counter[str]]:
+        """Samples replaced so far in training, by dataset and by what was wrong."""
+        found: dict[str, Counter[str]] = {}
+        for (name, _), loader in self._training.items():
+            found.setdefault(name, Counter()).update(loader.reasons)
+        return found
+
     def fallbacks(self) -> dict[str, int]:
         """Training batches that DALI refused and that were decoded without it, by dataset."""
         return self._sum(lambda loader: loader.fallbacks)
@@ -149,6 +195,7 @@ class Loaders:
         return found
 
     def close(self) -> None:
+        self._stop_following()
         for loader in self._training.values():
             loader.close()
         self.pool.shutdown(cancel_futures=True)

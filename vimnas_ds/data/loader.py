@@ -10,16 +10,17 @@ in its place and evaluation leaves it out; both count and name it.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from vimnas_ds.config import DatasetSection
-from vimnas_ds.data.bad import BadFile, TooManyBadFiles
-from vimnas_ds.data.batches import Batch, Graphs, Ready
+from vimnas_ds.data.bad import BadFile, TooManyBadFiles, kind_of
+from vimnas_ds.data.batches import Batch, Graphs, Made, Ready, hand_over, source_of
 from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.order import Stream, locate
 from vimnas_ds.data.prepare import FilePreparer, View
@@ -31,6 +32,19 @@ __all__ = ["Batch", "EvalLoader", "TrainLoader", "View"]
 MAX_TRIES = 16
 #: Samples seen before the share of bad ones is judged.
 MIN_SEEN = 50
+
+
+@dataclass(frozen=True)
+class Started:
+    """A batch whose files are being decoded: its number and one future a sample."""
+
+    number: int
+    futures: list[Future[Ready]]
+
+    def cancel(self) -> None:
+        """Drops the files that no thread has begun with."""
+        for future in self.futures:
+            future.cancel()
 
 
 class TrainLoader:
@@ -53,6 +67,7 @@ class TrainLoader:
     Attributes:
         seen: samples delivered; bad_count: how many of them are substitutes.
         substitutions: what is wrong with each unusable file, by path.
+        reasons: how many samples were substituted, by what was wrong with the drawn file.
         fallbacks: batches that DALI refused and that were decoded without it.
 
     Raises:
@@ -78,21 +93,20 @@ class TrainLoader:
         if global_batch < 1 or global_batch % world_size:
             raise ValueError(f"{name}: {world_size} processes cannot share {global_batch} samples")
         self.name = name
-        self.seen = self.bad_count = 0
+        self.seen = self.bad_count = self.fallbacks = 0
         self.substitutions: dict[str, str] = {}
+        self.reasons: Counter[str] = Counter()
         self._section, self._stream = section, Stream(seed, name, split)
         self._files = FilePreparer(name, section, samples, device.type == "cuda")
         self._global_batch, self._batch = global_batch, global_batch // world_size
         self._rank, self._pool, self._prefetch = rank, pool, prefetch
         self._max_bad_share = max_bad_share
-        self._graphs = Graphs(section, self._batch, device, threads, train=True)
+        self._graphs = Graphs(
+            section, source_of(section, device), self._batch, device, threads, train=True
+        )
         self._bad: dict[int, str] = {}  # sample index -> reason
-        self._next = self._submitted = 0
-        self._queue: deque[list[Future[Ready]]] = deque()
-
-    @property
-    def fallbacks(self) -> int:
-        return self._graphs.fallbacks
+        self._next = 0
+        self._queue: deque[Started] = deque()
 
     @property
     def position(self) -> int:
@@ -105,7 +119,7 @@ class TrainLoader:
             raise ValueError(f"batch {batch} is negative")
         if batch != self._next:
             self._cancel()
-            self._next = self._submitted = batch
+            self._next = batch
 
     def next(self) -> Batch:
         """The next batch.
@@ -113,28 +127,49 @@ class TrainLoader:
         Raises:
             TooManyBadFiles: the dataset has too many unusable files.
         """
-        self._submit(1)
-        futures = self._queue.popleft()
-        number = self._next
+        started = self._queue.popleft() if self._queue else self.start(self._next)
         self._next += 1
-        self._submit(self._prefetch)
-        ready = [future.result() for future in futures]
-        self._count(ready)
-        redo = partial(self._redo, number)
-        return self._graphs.run(ready, redo)
+        while len(self._queue) < self._prefetch:
+            self._queue.append(self.start(self._next + len(self._queue)))
+        return self.deliver(self.make(started))
 
-    def _submit(self, count: int) -> None:
-        """Starts batches until `count` are on their way."""
-        while len(self._queue) < count:
-            self._queue.append(self._start(self._submitted, safe=False))
-            self._submitted += 1
+    def start(self, batch: int) -> Started:
+        """Has the files of a batch decoded by the pool. Any number of batches, in any order."""
+        return Started(batch, self._submit(batch, range(self._batch), safe=False))
 
-    def _start(self, batch: int, safe: bool) -> list[Future[Ready]]:
+    def make(self, started: Started) -> Made:
+        """Waits for a started batch's files and lets DALI make the batch; one thread at a time.
+
+        Counts nothing and judges nothing, so that it may be called ahead: see `deliver`.
+        """
+        ready = [future.result() for future in started.futures]
+        if any(one.feed is None for one in ready):
+            return Made(None, ready)
+        return self._graphs.run(ready, partial(self._redo, started.number))
+
+    def deliver(self, made: Made) -> Batch:
+        """Counts a batch's samples and substitutes as seen.
+
+        Raises:
+            TooManyBadFiles: with them, the dataset has too many unusable files.
+        """
+        self.seen += len(made.ready)
+        self.fallbacks += made.refused
+        for one in made.ready:
+            self.substitutions.update(one.failures)
+            if one.failures:
+                self.bad_count += 1
+                self.reasons[kind_of(next(iter(one.failures.values())))] += 1
+        too_many = self.bad_count > self._max_bad_share * self.seen and self.seen >= MIN_SEEN
+        if too_many or made.batch is None or len(made.batch.names) < len(made.ready):
+            raise TooManyBadFiles(
+                self.name, self.bad_count, self.seen, self.substitutions, self._section.root
+            )
+        return hand_over(made.batch)
+
+    def _submit(self, batch: int, places: Iterable[int], safe: bool) -> list[Future[Ready]]:
         begin = batch * self._global_batch + self._rank * self._batch
-        return [
-            self._pool.submit(self._prepare, position, safe)
-            for position in range(begin, begin + self._batch)
-        ]
+        return [self._pool.submit(self._prepare, begin + place, safe) for place in places]
 
     def _prepare(self, position: int, safe: bool) -> Ready:
         """One place of a batch, by the first usable file from the drawn one on."""
@@ -152,31 +187,17 @@ class TrainLoader:
             failures[samples[tried].path] = self._bad[tried]
         return Ready(None, samples[index], failures)
 
-    def _redo(self, batch: int) -> list[Ready]:
-        ready = [future.result() for future in self._start(batch, safe=True)]
-        self.seen -= len(ready)
-        self._count(ready)
-        return ready
-
-    def _count(self, ready: list[Ready]) -> None:
-        self.seen += len(ready)
-        for one in ready:
-            self.bad_count += bool(one.failures)
-            self.substitutions.update(one.failures)
-        too_many = self.bad_count > self._max_bad_share * self.seen and self.seen >= MIN_SEEN
-        if too_many or any(one.feed is None for one in ready):
-            raise TooManyBadFiles(self.name, self.bad_count, self.seen, self.substitutions)
+    def _redo(self, batch: int, places: list[int]) -> list[Ready]:
+        return [future.result() for future in self._submit(batch, places, safe=True)]
 
     def _cancel(self) -> None:
-        for futures in self._queue:
-            for future in futures:
-                future.cancel()
+        for started in self._queue:
+            started.cancel()
         self._queue.clear()
 
     def close(self) -> None:
         """Drops what is decoded ahead and frees DALI; may be called again."""
         self._cancel()
-        self._submitted = self._next
         self._graphs.close()
 
 
@@ -220,7 +241,9 @@ class EvalLoader:
         )
         self._batch, self._view, self._pool = batch, view or View(), pool
         self._prefetch = prefetch
-        self._graphs = Graphs(section, batch, device, threads, train=False)
+        self._graphs = Graphs(
+            section, source_of(section, device), batch, device, threads, train=False
+        )
 
     def __len__(self) -> int:
         """Batches of this process, if no file is unusable."""
@@ -234,22 +257,23 @@ class EvalLoader:
             while starts or queue:
                 while starts and len(queue) <= self._prefetch:
                     begin = starts.popleft()
-                    queue.append((begin, self._start(begin, safe=False)))
+                    end = min(begin + self._batch, len(self._mine))
+                    queue.append((begin, self._submit(range(begin, end), safe=False)))
                 begin, futures = queue.popleft()
-                ready = self._usable([future.result() for future in futures])
+                ready = [future.result() for future in futures]
+                made = self._graphs.run(ready, partial(self._redo, begin))
                 self.seen += len(futures)
-                if ready:
-                    batch = self._graphs.run(ready, partial(self._redo, begin))
-                    if len(batch.names):
-                        yield batch
+                for one in made.ready:
+                    self.skipped.update(one.failures)
+                if made.batch is not None:
+                    yield hand_over(made.batch)
         finally:
             for _, futures in queue:
                 for future in futures:
                     future.cancel()
 
-    def _start(self, begin: int, safe: bool) -> list[Future[Ready]]:
-        end = min(begin + self._batch, len(self._mine))
-        return [self._pool.submit(self._prepare, index, safe) for index in range(begin, end)]
+    def _submit(self, indices: Iterable[int], safe: bool) -> list[Future[Ready]]:
+        return [self._pool.submit(self._prepare, index, safe) for index in indices]
 
     def _prepare(self, index: int, safe: bool) -> Ready:
         assert self._files is not None
@@ -259,13 +283,9 @@ class EvalLoader:
         except BadFile as error:
             return Ready(None, sample, {sample.path: error.reason})
 
-    def _redo(self, begin: int) -> list[Ready]:
-        return self._usable([future.result() for future in self._start(begin, safe=True)])
-
-    def _usable(self, ready: list[Ready]) -> list[Ready]:
-        for one in ready:
-            self.skipped.update(one.failures)
-        return [one for one in ready if one.feed is not None]
+    def _redo(self, begin: int, places: list[int]) -> list[Ready]:
+        again = self._submit((begin + place for place in places), safe=True)
+        return [future.result() for future in again]
 
     def close(self) -> None:
         """Frees DALI; may be called again."""

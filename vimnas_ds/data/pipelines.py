@@ -6,7 +6,7 @@
 One graph serves images, (B, 3, H, W), and clips, (B, 3, T, H, W). What differs is the source:
 
     image   encoded bytes, decoded by DALI (CPU: only the cropped part; GPU: hybrid decoder)
-    frames  uint8 frames decoded and cropped by PyAV (all codecs, also for a GPU graph)
+    frames  uint8 frames decoded, cropped and resized by PyAV (all codecs, also for a GPU graph)
     nvdec   encoded video and frame numbers, decoded by the GPU
 
 The mirror comes after RandAugment because it is free inside the normalisation; the signs of the
@@ -51,10 +51,10 @@ def build_train_pipeline(
 ) -> Pipeline:
     """The training graph of a dataset for batches of at most `batch` samples.
 
-    Inputs, one array per sample: `encoded` uint8 (n,) or `frames` uint8 (T, h, w, 3); `numbers`
-    int32 (T,) for nvdec; `anchor` and `extent` int32 (2,), the crop's (top, left) and (height,
-    width), except for frames; `flip` int32 (); `ops`, `bins`, `signs` int32 (n,) if RandAugment is
-    on; `erase_anchor` and `erase_extent` float32 (2,) if erasing is on.
+    Inputs, one array per sample: `encoded` uint8 (n,) or `frames` uint8 (T, size, size, 3);
+    `numbers` int32 (T,) for nvdec; `anchor` and `extent` int32 (2,), the crop's (top, left) and
+    (height, width), except for frames; `flip` int32 (); `ops`, `bins`, `signs` int32 (n,) if
+    RandAugment is on; `erase_anchor` and `erase_extent` float32 (2,) if erasing is on.
     """
     augment = section.randaugment
 
@@ -66,7 +66,7 @@ def build_train_pipeline(
             top_left = fn.cast(_input("anchor", 1, types.INT32), dtype=types.FLOAT)
             extent = fn.cast(_input("extent", 1, types.INT32), dtype=types.FLOAT)
             x = fn.resize(x, size=size, roi_start=top_left, roi_end=top_left + extent)
-        else:
+        elif source == "image":
             x = fn.resize(x, size=size)
         if augment is not None:
             ops, bins, signs = (_input(name, 1, types.INT32) for name in ("ops", "bins", "signs"))
@@ -95,8 +95,8 @@ def build_eval_pipeline(
 ) -> Pipeline:
     """The evaluation graph for batches of at most `batch` samples.
 
-    Inputs: `encoded` or `frames` (whole), `numbers` for nvdec, and `place` float32 (2,), where the
-    crop lies in what is left over in height and width (0.5: central).
+    Inputs: `encoded`, or `frames` whole and with the shorter side resized; `numbers` for nvdec; and
+    `place` float32 (2,), where the crop lies in what is left in height and width (0.5: central).
     """
 
     @pipeline_def
@@ -106,7 +106,8 @@ def build_eval_pipeline(
             x = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu")
         else:
             x = _cropped(source, device)
-        x = fn.resize(x, resize_shorter=section.test_resize)
+        if source != "frames":
+            x = fn.resize(x, resize_shorter=section.test_resize)
         place = _input("place", 1, types.FLOAT)
         return _normalised(x, section, crop=(place[0], place[1]))
 

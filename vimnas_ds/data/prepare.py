@@ -19,7 +19,7 @@ from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.encoded import read_encoded
 from vimnas_ds.data.images import read_image
-from vimnas_ds.data.sampling import SampleDraw
+from vimnas_ds.data.sampling import Cut, SampleDraw, whole_picture
 
 Feed = dict[str, NDArray[np.generic]]
 
@@ -112,7 +112,12 @@ class FilePreparer:
             if clip is not None:
                 feed["encoded"], feed["numbers"] = clip.data, clip.numbers
                 return clip.width, clip.height
-        crop = None if draw is None else draw.window
-        frames = read_clip(path, section.frames, section.fps, start, crop)
+
+        def cut(width: int, height: int) -> Cut:
+            if draw is None:
+                return whole_picture(width, height, section.test_resize)
+            return Cut(draw.window(width, height), section.size, section.size)
+
+        frames = read_clip(path, section.frames, section.fps, start, cut)
         feed["frames"] = frames
         return frames.shape[2], frames.shape[1]

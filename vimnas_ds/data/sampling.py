@@ -44,6 +44,22 @@ NOTHING = Window(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A part of a picture, and the height and width in pixels that it is scaled to."""
+
+    window: Window
+    height: int
+    width: int
+
+
+def whole_picture(width: int, height: int, shorter: int) -> Cut:
+    """All of a picture of this size, its shorter side scaled to `shorter` pixels."""
+    ratio = shorter / min(width, height)
+    scaled = (max(shorter, round(side * ratio)) for side in (height, width))
+    return Cut(Window(0, 0, height, width), *scaled)
+
+
+@dataclass(frozen=True)
 class Try:
     """One proposed rectangle: share of the area, width / height, and place in [0, 1)."""
 

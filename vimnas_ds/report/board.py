@@ -49,6 +49,11 @@ class Board:
         self._scalar(f"data/replaced/{dataset}", replaced, step)
         self._scalar(f"data/slow_batches/{dataset}", slow_batches, step)
 
+    def fault_reasons(self, step: int, dataset: str, counts: Mapping[str, int]) -> None:
+        """The replaced samples by what was wrong with their files, since the process started."""
+        for reason, count in counts.items():
+            self._scalar(f"data/replaced/{dataset}/{reason}", count, step)
+
     def train_step(
         self, step: int, lr: float, samples_per_s: float, data_time: float, skipped_steps: int
     ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from vimnas_ds.data.joint import Loaders
 from vimnas_ds.report.board import Board
 from vimnas_ds.report.console import Console
@@ -18,6 +20,7 @@ class FaultReport:
         self._named: set[tuple[str, str]] = set()
         self.replaced: dict[str, int] = {}  #: samples replaced so far, by dataset, over all ranks
         self.slow_batches: dict[str, int] = {}  #: batches that DALI refused, likewise
+        self.reasons: dict[str, Counter[str]] = {}  #: the replaced samples by what was wrong
 
     def collect(self, step: int) -> None:
         """Gather from all ranks (collective), and say on rank 0 what is new."""
@@ -26,9 +29,10 @@ class FaultReport:
             self._evaluator.skipped,
             self._loaders.replaced(),
             self._loaders.fallbacks(),
+            self._loaders.reasons(),
         )
-        self.replaced, self.slow_batches = {}, {}
-        for rank, (replaced, skipped, counts, slow) in enumerate(gather_objects(mine)):
+        self.replaced, self.slow_batches, self.reasons = {}, {}, {}
+        for rank, (replaced, skipped, counts, slow, reasons) in enumerate(gather_objects(mine)):
             for what, found in (("replaced", replaced), ("left out", skipped)):
                 for dataset, reasons in found.items():
                     for path, reason in reasons.items():
@@ -36,6 +40,10 @@ class FaultReport:
             for totals, part in ((self.replaced, counts), (self.slow_batches, slow)):
                 for dataset, count in part.items():
                     totals[dataset] = totals.get(dataset, 0) + count
+            for dataset, found in reasons.items():
+                self.reasons.setdefault(dataset, Counter()).update(found)
+        for dataset, found in self.reasons.items():
+            self._board.fault_reasons(step, dataset, found)
         for dataset, count in self.replaced.items():
             self._board.faults(step, dataset, count, self.slow_batches.get(dataset, 0))
 

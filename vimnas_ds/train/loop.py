@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vimnas_ds.config import ConfigError, RunConfig
+from vimnas_ds.data.capacity import Capacity
 from vimnas_ds.data.joint import JointData, Loaders
 from vimnas_ds.model.alphas import decisions
 from vimnas_ds.report.board import Board
@@ -28,6 +29,7 @@ from vimnas_ds.train.engine import build_engine, build_supernet, start_weights
 from vimnas_ds.train.evaluate import Evaluator, Score
 from vimnas_ds.train.faults import FaultReport
 from vimnas_ds.train.meters import ChoiceCounts, Interval, Meters
+from vimnas_ds.train.plan import coming_batches
 from vimnas_ds.train.ranks import Ranks, check_agreement
 from vimnas_ds.train.run_files import RunFiles, check_same_network, claim_folder
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
@@ -115,10 +117,9 @@ class Trainer:
 
     def _alpha_step(self, context: StepContext) -> float:
         name = context.dataset
-        loader = self.loaders.training(name, "alpha", self.config.alpha_batch)
-        loader.seek(self.drawer.next_alpha_batch(name))
+        number = self.drawer.next_alpha_batch(name)
         started = time.perf_counter()
-        batch = loader.next()
+        batch = self.loaders.batch(name, "alpha", self.config.alpha_batch, number)
         waited = time.perf_counter() - started
         x = batch.x.to(self.ranks.device, self.engine.dtype)
         y = batch.y.to(self.ranks.device)
@@ -160,8 +161,9 @@ class Trainer:
         self.console.say(
             f"{total} steps, {self.ranks.world_size} ranks x {self.micro_batch} samples, "
             f"{'bf16' if self.engine.dtype == torch.bfloat16 else 'fp32'} on "
-            f"{self.ranks.device.type}, {self.loaders.workers} decoding threads per rank"
+            f"{self.ranks.device.type}"
         )
+        self.console.say(str(self._read_ahead()))
         interval = Interval(self.config.global_batch)
         while (step := self.drawer.position.step) < total:
             context = self.drawer.draw()
@@ -180,6 +182,13 @@ class Trainer:
             if done == total or (done % every == 0 if every else ends):
                 self.save(done)
         return self.summarise()
+
+    def _read_ahead(self) -> Capacity:
+        sizes = {"train": self.config.global_batch}
+        if self.learns_alphas:
+            sizes["alpha"] = self.config.alpha_batch
+        every = self.section.alpha.every if self.learns_alphas else None
+        return self.loaders.follow(coming_batches(self.drawer, every), sizes)
 
     def _log(self, context: StepContext, lr: float, interval: Interval) -> None:
         done = context.step + 1
@@ -263,6 +272,7 @@ class Trainer:
         faults = {
             "skipped_steps": self.skipped,
             "samples_replaced": self.faults.replaced,
+            "replaced_by_reason": {k: dict(v) for k, v in self.faults.reasons.items() if v},
             "slow_batches": self.faults.slow_batches,
         }
         summary = write_summary(self.config, self.data, self.files, picks, scores, faults)

@@ -47,10 +47,9 @@ class WeightStepper:
         Raises RanksDisagree before the forward pass if ranks drew different things.
         """
         name, arch = context.dataset, context.archs[0]
-        loader = self.loaders.training(name, "train", self.config.global_batch)
-        loader.seek(context.batch_index)
         started = time.perf_counter()
-        batch = loader.next()
+        size, number = self.config.global_batch, context.batch_index
+        batch = self.loaders.batch(name, "train", size, number)
         waited = time.perf_counter() - started
         what = f"step {context.step}, {name}, {arch}"
         check_agreement(context.fingerprint(), what, self.ranks)

@@ -1,0 +1,317 @@
+"""Batches made ahead: the plan's order, exact resume, bounds, errors, and what is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.media import encode, numbered, section
+from tests.small import small_config
+from vimnas_ds.config import DataSection, parse_config
+from vimnas_ds.data.ahead import Ahead, Wanted
+from vimnas_ds.data.bad import TooManyBadFiles
+from vimnas_ds.data.batches import Batch
+from vimnas_ds.data.capacity import plan_capacity
+from vimnas_ds.data.catalog import Catalog, Sample
+from vimnas_ds.data.decode import read_clip
+from vimnas_ds.data.joint import JointData, Loaders
+from vimnas_ds.data.loader import TrainLoader
+from vimnas_ds.data.prepare import FilePreparer
+from vimnas_ds.data.sampling import Cut, Window
+from vimnas_ds.space import SPACES
+from vimnas_ds.train.plan import coming_batches
+from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule
+
+CPU = torch.device("cpu")
+RICH = {"randaugment": {"n": 1, "m": 9, "std": 0.5}, "random_erasing": 0.5}
+SIZES = {"train": 4, "alpha": 2}
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> JointData:
+    """An image and a video dataset of a few real files."""
+    root, rng = tmp_path_factory.mktemp("joint"), np.random.default_rng(0)
+    pictures, clips = root / "pictures", root / "clips"
+    pictures.mkdir()
+    for i in range(9):
+        small = Image.fromarray(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8))
+        small.resize((64 + i, 48), Image.Resampling.BICUBIC).save(pictures / f"{i}.jpg")
+        wide = np.asarray(small.resize((96, 48), Image.Resampling.BICUBIC))
+        encode(clips / f"{i}.mp4", [wide[:, 2 * t : 2 * t + 64] for t in range(12)], rate=8)
+    return JointData(
+        DataSection(
+            datasets={
+                "pictures": section(pictures, **RICH),
+                "clips": section(clips, "video", **RICH),
+            }
+        ),
+        {n: Catalog(n, root / n, ("a", "b", "c"), (), ()) for n in ("pictures", "clips")},
+        {
+            name: {
+                "train": [Sample(f"{i}.{suffix}", i % 3) for i in range(6)],
+                "alpha": [Sample(f"{i}.{suffix}", i % 3) for i in range(6, 9)],
+            }
+            for name, suffix in (("pictures", "jpg"), ("clips", "mp4"))
+        },
+        {"pictures": 0, "clips": 0},
+    )
+
+
+def drawer(cursor: DataCursor | None = None) -> Drawer:
+    raw = small_config()
+    raw["vimnas"]["schedule"] = {"epochs": 6, "warmup": 0}
+    config = parse_config(raw)
+    schedule = Schedule.build(config, {"imagenet": 24, "k400": 24})
+    return Drawer(schedule, SPACES["nano"], {"imagenet": True, "k400": False}, 3, cursor)
+
+
+def random_plan(count: int) -> list[Wanted]:
+    """Datasets and splits in a random order, each one's batches numbered without gaps."""
+    rng, next_number = random.Random(0), dict[tuple[str, str], int]()
+    plan = []
+    for _ in range(count):
+        key = (rng.choice(("pictures", "clips")), rng.choice(("train", "train", "alpha")))
+        plan.append(Wanted(*key, next_number.get(key, 0)))
+        next_number[key] = plan[-1].number + 1
+    return plan
+
+
+def read(
+    joint: JointData, plan: list[Wanted], rank: int = 0, world: int = 1, workers: int = 1
+) -> list[Batch]:
+    """The plan's batches, made ahead."""
+    values = {**joint.section.model_dump(), "workers": workers, "prefetch": 2 + workers}
+    data = JointData(DataSection(**values), joint.catalogs, joint.splits, joint.dropped)
+    loaders = Loaders(data, 7, rank, world, CPU)
+    loaders.follow(plan, SIZES)
+    try:
+        return [loaders.batch(w.dataset, w.split, SIZES[w.split], w.number) for w in plan]
+    finally:
+        loaders.close()
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and a.names == b.names
+
+
+def test_the_plan_is_what_the_run_will_ask_for_from_any_position() -> None:
+    run = drawer()
+    asked, states = [], []
+    while run.position.step < run.schedule.total_steps:
+        states.append((len(asked), run.position.state_dict()))
+        context = run.draw()
+        asked.append(Wanted(context.dataset, "train", context.batch_index))
+        run.advance(context)
+        if context.step % 2 == 0:
+            number = run.next_alpha_batch(context.dataset)
+            asked.append(Wanted(context.dataset, "alpha", number))
+    assert {w.dataset for w in asked} == {"imagenet", "k400"}
+    for first, state in states[::5]:
+        resumed = drawer(DataCursor.from_state(state))
+        assert list(coming_batches(resumed, 2)) == asked[first:]
+        assert resumed.position.state_dict() == state
+    trained = [w for w in asked if w.split == "train"]
+    assert list(coming_batches(drawer(), None)) == trained
+
+
+def test_a_resumed_plan_gives_the_same_bits_with_any_workers_on_one_rank_and_two(
+    joint: JointData,
+) -> None:
+    plan = random_plan(14)
+    whole = read(joint, plan)
+    assert len({(w.dataset, w.split) for w in plan}) == 4
+    for first in (1, 6, 13):
+        for batch, expected in zip(
+            read(joint, plan[first:], workers=3), whole[first:], strict=True
+        ):
+            assert same(batch, expected)
+    pair = [read(joint, plan[3:], rank, 2, workers=2 - rank) for rank in (0, 1)]
+    for a, b, expected in zip(*pair, whole[3:], strict=True):
+        assert torch.equal(torch.cat([a.x, b.x]), expected.x)
+        assert torch.equal(torch.cat([a.y, b.y]), expected.y)
+        assert a.names + b.names == expected.names
+
+
+def test_no_more_is_made_ahead_than_allowed(joint: JointData) -> None:
+    plan, begun = random_plan(30), list[Wanted]()
+
+    def watched() -> Iterator[Wanted]:
+        for wanted in plan:
+            begun.append(wanted)
+            yield wanted
+
+    loaders = Loaders(joint, 7, 0, 1, CPU)
+    ahead = Ahead(watched(), lambda n, s: loaders.training(n, s, SIZES[s]), decoding=3, ready=2)
+    for taken in range(4):
+        settled = time.monotonic() + 5
+        while (ahead.waiting, len(begun)) != (2, taken + 4) and time.monotonic() < settled:
+            time.sleep(0.01)
+        time.sleep(0.1)  # would it go on?
+        assert ahead.waiting == 2
+        assert begun == plan[: taken + 4]  # ready + decoding, less the one it has no room for
+        ahead.take(plan[taken])
+    ahead.close()
+    loaders.close()
+
+
+def test_who_is_slower_than_the_loader_does_not_wait(joint: JointData) -> None:
+    plan = random_plan(12)
+    loaders = Loaders(joint, 7, 0, 1, CPU)
+    loaders.follow(plan, SIZES)
+    waits = []
+    for wanted in plan:
+        time.sleep(0.1)  # the network's step: a batch takes a tenth of it
+        started = time.perf_counter()
+        loaders.batch(wanted.dataset, wanted.split, SIZES[wanted.split], wanted.number)
+        waits.append(time.perf_counter() - started)
+    loaders.close()
+    assert sorted(waits[4:])[4] < 0.003  # the median, once the graphs are built
+
+
+def test_errors_come_with_their_batch_and_threads_end(
+    joint: JointData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = threading.active_count()
+    plan = random_plan(8)
+    spoiled = next(i for i, w in enumerate(plan) if w[:2] == ("pictures", "alpha"))
+    assert spoiled > 0
+    sound = FilePreparer.train
+
+    def train(self: FilePreparer, index: int, *rest: Any) -> Any:
+        if self.samples[index].path in ("6.jpg", "7.jpg", "8.jpg"):
+            raise ZeroDivisionError("no such thing as a bad file")
+        return sound(self, index, *rest)
+
+    monkeypatch.setattr(FilePreparer, "train", train)
+    loaders = Loaders(joint, 7, 0, 1, CPU)
+    loaders.follow(plan, SIZES)
+    for wanted in plan[:spoiled]:
+        loaders.batch(wanted.dataset, wanted.split, SIZES[wanted.split], wanted.number)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            loaders.batch("pictures", "alpha", 2, plan[spoiled].number)
+    loaders.close()
+    loaders.close()
+    assert threading.active_count() == before
+    monkeypatch.undo()
+    loaders = Loaders(joint, 7, 0, 1, CPU)
+    loaders.follow(plan, SIZES)
+    with pytest.raises(ValueError, match="but the plan has"):
+        loaders.batch(plan[0].dataset, plan[0].split, 4, 99)
+    loaders.close()  # in the middle of its work
+    assert threading.active_count() == before
+
+
+def test_a_folder_that_vanishes_ends_the_run_in_words(joint: JointData, tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(joint.section.datasets["pictures"].root or "", root)
+    samples = joint.splits["pictures"]["train"]
+    with ThreadPoolExecutor(1) as pool:
+        loader = TrainLoader("toy", section(root), samples, "train", 7, 4, 0, 1, CPU, pool, 1)
+        loader.next()
+        shutil.rmtree(root)
+        with pytest.raises(TooManyBadFiles, match=r"folder .*pictures is not there any more"):
+            [loader.next() for _ in range(3)]
+    assert loader.reasons == {"No such file or directory": loader.bad_count}
+
+
+def test_a_file_that_turns_bad_is_replaced_by_the_next_and_counted_by_reason(
+    joint: JointData, tmp_path: Path
+) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(joint.section.datasets["pictures"].root or "", root)
+    samples = joint.splits["pictures"]["train"]
+
+    def loader(pool: ThreadPoolExecutor) -> TrainLoader:
+        return TrainLoader(
+            "toy", section(root), samples, "train", 7, 4, 0, 1, CPU, pool, 1, max_bad_share=0.9
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        steady, whole = loader(pool), loader(pool)
+        expected = [name for _ in range(6) for name in whole.next().names]
+        first = [name for _ in range(2) for name in steady.next().names]
+        assert first == expected[:8]
+        steady.seek(0)
+        (root / "1.jpg").write_bytes(b"no picture any more")
+        (root / "4.jpg").chmod(0) if os.geteuid() else (root / "4.jpg").unlink()
+        after = {"1.jpg": "2.jpg", "4.jpg": "5.jpg"}
+        names = [name for _ in range(6) for name in steady.next().names]
+        assert names == [after.get(name, name) for name in expected]
+        counts = {path: expected.count(path) for path in after}
+        denied = "Permission denied" if os.geteuid() else "No such file or directory"
+        assert steady.reasons == {"not an image": counts["1.jpg"], denied: counts["4.jpg"]}
+
+
+def test_capacity_follows_cores_batch_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(free: int, workers: int, batch: int = 4, **changes: Any) -> Any:
+        monkeypatch.setattr("vimnas_ds.data.capacity.available_memory", lambda: free)
+        data = section(None, "video", frames=16, size=64, **changes)
+        recipe = DataSection(datasets={"clips": data}, workers=workers)
+        return plan_capacity(recipe, [batch], 1, CPU)
+
+    clip = 16 * 3 * 64 * 64
+    assert plan(2**40, 1).decoding == 2  # vimnas.data.prefetch
+    assert plan(2**40, 16).decoding == 5  # sixteen threads for batches of four
+    assert plan(2**40, 16, batch=64).decoding == 2
+    short = plan(4 * 3 * 4 * clip * 5, 16)  # room for three in a quarter of it
+    assert (short.decoding, short.ready, short.bytes) == (3, 3, 3 * 4 * clip * 5)
+    assert plan(0, 16).decoding == 1
+    assert str(short).startswith("data: 16 decoding threads, 3 batches decoded ahead, 3 finished")
+
+
+# -- what is left behind ----------------------------------------------------------------------
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_two_thousand_clips_leave_no_file_open_and_no_memory_behind(tmp_path: Path) -> None:
+    """Sound ones, rotated by a cut, truncated ones, and files that are none."""
+    good = encode(tmp_path / "a.mp4", numbered(12), g="4")
+    webm = encode(tmp_path / "a.webm", numbered(6), "libvpx-vp9")
+    cut_short = tmp_path / "b.mp4"
+    encode(cut_short, numbered(12), container={"movflags": "faststart"})
+    cut_short.write_bytes(cut_short.read_bytes()[:-200])
+    (tmp_path / "c.mp4").write_bytes(b"no video")
+    recipe = section(tmp_path, "video", frames=4, fps=8)
+    names = [good.name, webm.name, cut_short.name, "c.mp4", good.name, "absent.mp4"]
+    samples = [Sample(name, 0) for name in names]
+
+    def read_some(loader: TrainLoader, count: int) -> None:
+        for _ in range(count):
+            loader.next()
+
+    with ThreadPoolExecutor(2) as pool:
+        loader = TrainLoader("toy", recipe, samples, "train", 1, 4, 0, 1, CPU, pool, 2, 0.9)
+        read_some(loader, 125)
+        gc.collect()
+        handles, memory = len(os.listdir("/proc/self/fd")), resident()  # noqa: PTH208
+        read_some(loader, 500)
+        for _ in range(200):  # bad files are remembered there: here they are opened each time
+            for name in ("c.mp4", "absent.mp4"):
+                with pytest.raises(ValueError, match=name):
+                    read_clip(
+                        tmp_path / name, 4, 8, 0.5, lambda w, h: Cut(Window(0, 0, h, w), 8, 8)
+                    )
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) <= handles  # noqa: PTH208
+        assert resident() - memory < 16 * 2**20  # a leaked clip is 12 KiB, a decoder over 100
+        assert loader.seen == 2500
+        loader.close()

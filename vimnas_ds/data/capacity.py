@@ -1,0 +1,79 @@
+"""How many files are decoded at once and how many batches wait: from the machine, in advance.
+
+    workers = cores of this process, 16 at most, or vimnas.data.workers
+    depth   = batches that keep every worker busy, vimnas.data.prefetch at least,
+              as long as depth x (decoded + finished batch) fits a quarter of the free memory
+
+A decoded clip has the size that the network sees, whatever the video's (see `decode`), so these
+bytes are known before a file is opened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from vimnas_ds.config import DataSection, DatasetSection
+from vimnas_ds.processes import available_memory, cores_per_process, local_processes
+
+#: Share of the free memory of this process that batches ahead may take.
+SHARE = 0.25
+#: An encoded image of ordinary size, in bytes.
+IMAGE_BYTES = 150_000
+#: Finished batches on a GPU lie in its memory: two are enough to never wait.
+READY_ON_GPU = 2
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """`workers` decoding threads; `decoding` batches decoded ahead and `ready` finished ones, in
+    `bytes` of memory at most, of which `free` were there at the start."""
+
+    workers: int
+    decoding: int
+    ready: int
+    bytes: int
+    free: int
+
+    def __str__(self) -> str:
+        return (
+            f"data: {self.workers} decoding threads, {self.decoding} batches decoded ahead, "
+            f"{self.ready} finished ones waiting, in at most {self.bytes / 2**20:,.0f} MiB of "
+            f"{self.free / 2**20:,.0f} MiB free memory per rank"
+        )
+
+
+def plan_capacity(
+    section: DataSection, batch_sizes: Iterable[int], world_size: int, device: torch.device
+) -> Capacity:
+    """What one process of `world_size` does ahead.
+
+    Args:
+        batch_sizes: samples per batch of this process, of every kind of batch it will ask for.
+    """
+    sizes = list(batch_sizes)
+    workers = section.workers or min(16, cores_per_process(world_size))
+    free = available_memory() // local_processes(world_size)
+    decoded, finished = (
+        max(sizes) * max(of(d) for d in section.datasets.values())
+        for of in (_decoded_bytes, _finished_bytes)
+    )
+    gpu = device.type == "cuda"
+    each = decoded + (0 if gpu else finished)
+    wanted = max(section.prefetch, math.ceil(workers / min(sizes)) + 1)
+    depth = max(1, min(wanted, int(SHARE * free / each)))
+    ready = min(depth, READY_ON_GPU) if gpu else depth
+    return Capacity(workers, depth, ready, depth * each, free)
+
+
+def _decoded_bytes(data: DatasetSection) -> int:
+    """A sample before DALI."""
+    return IMAGE_BYTES if data.is_image else (data.frames or 1) * 3 * data.size**2
+
+
+def _finished_bytes(data: DatasetSection) -> int:
+    """A sample of a batch, float32."""
+    return 4 * (data.frames or 1) * 3 * data.size**2
