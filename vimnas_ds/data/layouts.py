@@ -112,7 +112,7 @@ def list_lists(name: str, section: DatasetSection, root: Path) -> Listing:
 
 
 def _read_list(name: str, section: DatasetSection, root: Path, file: Path) -> Iterator[Sample]:
-    prefix = section.videos or Path()
+    prefix, base = section.videos or Path(), root.absolute()
     for number, line in enumerate(read_text(name, file).splitlines(), start=1):
         if not line.strip():
             continue
@@ -130,14 +130,14 @@ def _read_list(name: str, section: DatasetSection, root: Path, file: Path) -> It
             text = text.replace('""', '"')
         path = PurePosixPath(prefix.as_posix(), text)
         if path.is_absolute():
-            if not path.is_relative_to(root):
+            if not path.is_relative_to(base):
                 raise BadAnnotations(
                     f"{name}: {where}: {path} does not lie under the root {root}; set "
                     f"vimnas.data.{name}.root to the folder that the list's paths start from, e.g. "
                     "/ (and vimnas.data."
                     f"{name}.videos to a prefix for relative paths)"
                 )
-            path = path.relative_to(root)
+            path = path.relative_to(base)
         yield Sample(str(path), label)
 
 

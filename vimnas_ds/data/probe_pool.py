@@ -1,7 +1,8 @@
 """Many files probed by several processes: none that hangs, crashes or eats memory ends the run.
 
-A file that takes longer than the limit, or takes its process with it, gets that as its verdict;
-the process is replaced and the others never notice.
+A file that takes longer than the limit, or takes its process with it twice (the first time may have
+been the kernel, short of memory), gets that as its verdict; the process is replaced and the others
+never notice.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def probe_files(
         yield from ((path, probe_file(root / path, is_image, limits.thorough)) for path in paths)
         return
     waiting = deque(paths)
+    suspects: set[str] = set()  # at hand when a process died
     workers: list[_Worker] = []
     try:
         while waiting or any(w.given for w in workers):
@@ -62,7 +64,7 @@ def probe_files(
                 [w.answers for w in workers if w.given], timeout=_patience(workers, limits)
             )
             for worker in list(workers):
-                verdict = worker.answer(limits, worker.answers in ready)
+                verdict = worker.answer(limits, worker.answers in ready, suspects)
                 if verdict is not None:
                     yield verdict
                 if not worker.alive:
@@ -95,7 +97,9 @@ class _Worker:
             except BrokenPipeError:
                 return  # its death shows when its answer is read
 
-    def answer(self, limits: ProbeLimits, ready: bool) -> tuple[str, Verdict] | None:
+    def answer(
+        self, limits: ProbeLimits, ready: bool, suspects: set[str]
+    ) -> tuple[str, Verdict] | None:
         """The verdict of the file that this process is at, if there is one by now."""
         if not self.given:
             self.alive = self.done < LIFETIME
@@ -104,7 +108,11 @@ class _Worker:
             try:
                 message = self.answers.recv_bytes()
             except (EOFError, OSError):
-                verdict = self._crashed()
+                self._mourn()
+                if self.given[0] not in suspects:
+                    suspects.add(self.given[0])
+                    return None
+                verdict = Verdict(UNUSABLE, "the decoder crashed")
             else:
                 if message == READY:
                     self.started, self.since = True, time.monotonic()
@@ -121,12 +129,11 @@ class _Worker:
         self.since = time.monotonic()
         return self.given.popleft(), verdict
 
-    def _crashed(self) -> Verdict:
+    def _mourn(self) -> None:
         self.alive = False
         code = self.process.wait()
         if not self.started:
             raise RuntimeError(f"a probing process ended with code {code} before it had started")
-        return Verdict(UNUSABLE, "the decoder crashed")
 
     def stop(self) -> None:
         self.requests.close()

@@ -8,7 +8,7 @@ from typing import Any
 from vimnas_ds.config import DatasetSection
 from vimnas_ds.data.index_build import Built
 from vimnas_ds.data.probe import MISSING, USABLE
-from vimnas_ds.report.console import format_table
+from vimnas_ds.report.table import format_table
 
 #: Paths kept in the report for each reason; the index holds all of them.
 EXAMPLES = 20

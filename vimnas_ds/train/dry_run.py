@@ -7,7 +7,7 @@ from vimnas_ds.cost import Layout, count_macs, count_params
 from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.catalog import scan_dataset
 from vimnas_ds.data.joint import JointData, open_datasets
-from vimnas_ds.report.console import format_table
+from vimnas_ds.report.table import format_table
 from vimnas_ds.space import Arch
 from vimnas_ds.train.schedule import Schedule
 
