@@ -31,7 +31,7 @@ from vimnas_ds.data.listing import (
 )
 
 #: A file name with a class number after it; the name may hold spaces and commas itself.
-LIST_LINE = re.compile(r"(?P<path>.*\S)\s*[\s,;]\s*(?P<label>-?\d+)")
+LIST_LINE = re.compile(r"(?P<path>.*?\S)(?:\s*[,;]\s*|\s+)(?P<label>-?\d+)")
 QUOTED = re.compile(r'"(?P<path>(?:[^"]|"")*)"\s*[\s,;]\s*(?P<label>-?\d+)')
 
 
