@@ -24,7 +24,7 @@ from tests.conftest import ROOT, SHARED_DATA
 from tests.media import encode, numbered, numbers, section
 from vimnas_ds.config import DataSection, DatasetSection
 from vimnas_ds.data import index_file
-from vimnas_ds.data.bad import DataMissing, UnfitIndex
+from vimnas_ds.data.bad import BadFile, DataMissing, UnfitIndex
 from vimnas_ds.data.catalog import scan_dataset
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.encoded import read_encoded, read_indexed
@@ -32,6 +32,7 @@ from vimnas_ds.data.index import open_index, video_facts
 from vimnas_ds.data.index_build import Built, build_index
 from vimnas_ds.data.index_file import Header, Row, read_rows, write_rows
 from vimnas_ds.data.joint import open_datasets
+from vimnas_ds.data.prepare import FilePreparer, View
 from vimnas_ds.data.probe import UNREADABLE, UNUSABLE, USABLE, Verdict, probe_file
 from vimnas_ds.data.probe_pool import ProbeLimits, probe_files
 from vimnas_ds.data.timeline import Timeline
@@ -111,6 +112,25 @@ def test_frame_numbers_from_the_index_are_those_that_pyav_shows(
             assert clip.numbers.tolist() == numbers(read_clip(video, frames, fps, start))
     video.write_bytes(video.read_bytes() + b"more")  # the index no longer knows this file
     assert read_indexed(video, facts, 8, 24, 0.0) is None
+
+
+def test_the_gpu_path_feeds_the_same_clip_with_an_index_and_without(tmp_path: Path) -> None:
+    dataset = clips(tmp_path / "data")
+    data = open_datasets(joint(dataset, tmp_path))
+    samples = data.splits["toy"]["train"]
+    assert all(s.video is not None for s in samples)
+    bare = [s._replace(video=None) for s in samples]
+    for place in (0.0, 0.4, 1.0):
+        with_index, without = (
+            FilePreparer("toy", dataset, some, gpu=True).evaluate(0, View(place))
+            for some in (samples, bare)
+        )
+        assert with_index.keys() == without.keys() == {"encoded", "numbers", "place"}
+        for key, value in with_index.items():
+            np.testing.assert_array_equal(value, without[key])
+    (tmp_path / "data" / samples[0].path).unlink()
+    with pytest.raises(BadFile, match="No such file"):
+        FilePreparer("toy", dataset, samples, gpu=True).evaluate(0, View())
 
 
 # -- verdicts ---------------------------------------------------------------------------------

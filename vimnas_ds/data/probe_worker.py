@@ -14,6 +14,7 @@ import base64
 import json
 import os
 import resource
+import signal
 import sys
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
     is_image, thorough, memory = (int(value) for value in argv[2:5])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     answers.send_bytes(READY)
     while True:
         try:
