@@ -32,7 +32,7 @@ import perturb_select
 from vimnas_ds.arch_file import read_arch
 from vimnas_ds.config import ConfigError
 from vimnas_ds.predict import classify
-from vimnas_ds.report.console import format_table
+from vimnas_ds.report.table import format_table
 from vimnas_ds.search.cli import Progress, run_script, say_left_out
 from vimnas_ds.search.constraints import Constraints, Range
 from vimnas_ds.search.evolve import sample_distinct

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vimnas_ds.arch_file import named_arch
-from vimnas_ds.report.console import format_table
+from vimnas_ds.report.table import format_table
 from vimnas_ds.search.cli import (
     Progress,
     build_parser,

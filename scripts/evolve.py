@@ -16,8 +16,8 @@ import argparse
 import statistics
 import sys
 
-from vimnas_ds.report.console import format_table
 from vimnas_ds.report.search_board import SearchBoard, candidates_figure
+from vimnas_ds.report.table import format_table
 from vimnas_ds.search.cli import (
     Progress,
     add_search_arguments,

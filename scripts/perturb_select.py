@@ -18,8 +18,8 @@ import copy
 import sys
 
 from vimnas_ds.config import ConfigError
-from vimnas_ds.report.console import format_table
 from vimnas_ds.report.search_board import SearchBoard, drops_figure
+from vimnas_ds.report.table import format_table
 from vimnas_ds.search.cli import (
     Progress,
     add_search_arguments,

@@ -19,6 +19,7 @@ def prepare(root: Path) -> Path:
     config["train_batch_size"] = 16
     section = config["vimnas"]
     section["model"] = {"drop_path": 0.2, "qk_norm": True, "layer_scale": 0.5}
+    section["data"]["index_dir"] = str(root / "indexes")
     section["schedule"] = {"epochs": 3, "warmup": 2, "warmup_unit": "steps"}
     section["alpha"] = {"every": 1}
     section["log"] = {"every": 3, "images_every": 10, "eval_every": 14, "eval_subnets": 1}

@@ -128,7 +128,7 @@ def test_batch_arithmetic_and_precision():
         ("vimnas.schedule.warmup", 100, "warmup 100 exceeds schedule.epochs 3"),
         ("vimnas.schedule.min_lr", 1.0, "min_lr 1 is not below the peak 0.01"),
         ("vimnas.tokens.kind", "tubelet", "own tubes go with kind"),
-        ("vimnas.data.datasets.k400.annotations", "a.csv", "annotations are for the layouts"),
+        ("vimnas.data.datasets.k400.annotations", "a.csv", "annotations is for the layouts"),
         ("vimnas.data.datasets.k400.videos", "v", "videos is for the layout"),
         ("zero_optimization.stage", 1, "stage must be 2, got 1"),
         ("zero_optimization", None, "stage must be 2, got None"),

@@ -447,7 +447,7 @@ def test_two_processes_evaluate_each_sample_exactly_once(
         found = [
             (n, int(y)) for one in loaders for b in one for n, y in zip(b.names, b.y, strict=True)
         ]
-        assert sorted(found) == [tuple(s) for s in samples]
+        assert sorted(found) == [(s.path, s.label) for s in samples]
     assert [len(b.y) for b in loaders[0]] == ([4, 2] if kind == "image" else [4])
 
 

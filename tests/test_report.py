@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vimnas_ds.report import pictures
 from vimnas_ds.report.board import Board, _by_kind
-from vimnas_ds.report.console import Console, StepTimer, format_duration, format_table, summarise
+from vimnas_ds.report.console import Console, StepTimer, format_duration, summarise
+from vimnas_ds.report.table import format_table
 from vimnas_ds.space import SPACES, Arch
 
 ARCH = Arch(64, 3, (2, 2, 2), (4, 4, 2))

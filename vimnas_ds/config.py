@@ -88,25 +88,59 @@ class RandAugmentSection(Section):
     std: float = Field(0.0, ge=0, description="Standard deviation of the magnitude")
 
 
+Layout = Literal["folders", "csv", "lists", "kinetics", "ssv2", "imagenet"]
+#: The keys that name a layout's files.
+LAYOUT_FILES = ("annotations", "test_annotations", "videos", "synsets")
+#: layout -> (keys it needs, with what they name; keys it may have besides)
+LAYOUT_KEYS: dict[str, tuple[dict[str, str], frozenset[str]]] = {
+    "folders": ({}, frozenset()),
+    "csv": ({"annotations": "the file"}, frozenset()),
+    "lists": (
+        {"annotations": "the training list", "test_annotations": "the test list"},
+        frozenset({"videos"}),
+    ),
+    "kinetics": ({"annotations": "the CSV"}, frozenset({"test_annotations", "videos"})),
+    "ssv2": ({}, frozenset({"annotations", "videos"})),
+    "imagenet": ({"annotations": "the validation ground truth"}, frozenset({"synsets"})),
+}
+
+
 class DatasetSection(Section):
     """One dataset: where it lies, how it is read, its recipe (Table 10)."""
 
     kind: Literal["image", "video"] = Field(description="Images (B, 3, H, W) or clips")
     root: Path | None = Field(None, description="Folder of the data; must be set to train")
-    layout: Literal["folders", "csv", "ssv2"] = Field(
+    layout: Layout = Field(
         "folders",
         description="folders: root/TRAIN/CLASS/FILE and root/TEST/CLASS/FILE; csv: an annotation "
-        "file with the columns path, class, split; ssv2: the official JSON files and webm folder",
+        "file with the columns path, class, split; lists: headerless `path label` files; kinetics: "
+        "the official CSV; ssv2: the official JSON files and webm folder; imagenet: class folders "
+        "for training, the official flat validation folder",
     )
     annotations: Path | None = Field(
-        None, description="csv: the file; ssv2: folder of the JSON files (relative to root)"
+        None,
+        description="Relative to root. csv, lists: the (training) file; kinetics: a CSV or a "
+        "folder of them; ssv2: folder of the JSON files; imagenet: the validation ground truth",
     )
-    videos: Path | None = Field(None, description="ssv2: the webm folder (relative to root)")
+    test_annotations: Path | None = Field(
+        None, description="lists: the test file; kinetics: the validation CSV (relative to root)"
+    )
+    videos: Path | None = Field(
+        None,
+        description="Relative to root. ssv2: the webm folder; kinetics: where the files are looked "
+        "for; lists: what goes before each path",
+    )
+    synsets: Path | None = Field(
+        None, description="imagenet: order of the devkit's class numbers (map_clsloc.txt)"
+    )
     train_split: str = Field("train", description="Folder, or value of the split column")
     test_split: str = Field("val", description="The official validation set: reported numbers only")
     num_classes: int = Field(ge=2, description="Outputs of this dataset's head")
     reference_files: int | None = Field(
         None, ge=1, description="Training files of the public copy, to compare what is found with"
+    )
+    reference_test_files: int | None = Field(
+        None, ge=1, description="Its validation files, likewise"
     )
     size: int = Field(224, ge=8, description="Input height and width in pixels")
     resize: int | None = Field(
@@ -139,14 +173,17 @@ class DatasetSection(Section):
             raise ValueError("a video dataset needs frames and fps")
         if self.kind == "image" and (self.frames is not None or self.fps is not None):
             raise ValueError("frames and fps are for video datasets only")
-        if self.layout == "csv" and self.annotations is None:
-            raise ValueError('layout "csv" needs annotations: the file')
-        if self.layout == "folders" and self.annotations is not None:
-            raise ValueError('annotations are for the layouts "csv" and "ssv2"')
-        if self.layout != "ssv2" and self.videos is not None:
-            raise ValueError('videos is for the layout "ssv2"')
-        if self.layout == "ssv2" and self.kind != "video":
-            raise ValueError('layout "ssv2" is for video')
+        needed, allowed = LAYOUT_KEYS[self.layout]
+        for key in LAYOUT_FILES:
+            if getattr(self, key) is None and key in needed:
+                raise ValueError(f'layout "{self.layout}" needs {key}: {needed[key]}')
+            if getattr(self, key) is not None and key not in {*needed, *allowed}:
+                layouts = [f'"{k}"' for k, (n, a) in LAYOUT_KEYS.items() if key in {*n, *a}]
+                raise ValueError(f"{key} is for the layouts {', '.join(layouts)}")
+        if self.layout in ("ssv2", "kinetics") and self.kind != "video":
+            raise ValueError(f'layout "{self.layout}" is for video')
+        if self.layout == "imagenet" and self.kind != "image":
+            raise ValueError('layout "imagenet" is for images')
         if self.test_resize < self.size:
             raise ValueError(f"resize {self.resize} is smaller than the crop of size {self.size}")
         for name in ("crop_scale", "crop_ratio"):
@@ -188,6 +225,11 @@ class DataSection(Section):
         0.05,
         description="Share of the training files of every class kept from training: half for the "
         "alpha steps (`alpha`), half for evaluation and search scores (`select`)",
+    )
+    index_dir: Path = Field(
+        Path("indexes"),
+        description="Folder of the dataset indexes (DATASET.parquet), outside the data; one that "
+        "is missing is built by the first run, see scripts/index_data.py",
     )
     workers: int | None = Field(None, ge=1, description="Decoding threads; null: from the machine")
     prefetch: int = Field(2, ge=1, description="Batches decoded ahead, per dataset and split")

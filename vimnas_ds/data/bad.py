@@ -20,6 +20,10 @@ class BadAnnotations(ValueError):
     """Annotations, classes or counts that do not fit the configuration."""
 
 
+class UnfitIndex(BadAnnotations):
+    """A dataset index that cannot be used; the message says why and which command mends it."""
+
+
 class BadFile(ValueError):
     """One file that cannot be used; `path` and `reason` say which and why."""
 

@@ -1,8 +1,9 @@
 """Clips for the GPU's decoder: the file's bytes and the numbers of the wanted frames.
 
 NVDEC counts frames, so the wanted times are turned into numbers with the timestamps of all packets
-(one pass over the file, nothing is decoded but the first frame). What the GPU cannot be trusted
-with (rotated, 10-bit, AVI without timestamps, codecs it lacks) is left to PyAV: the answer is None.
+(the index has them; without it one pass over the file and one decoded frame). What
+the GPU cannot be trusted with (rotated, 10-bit, AVI without timestamps, codecs it lacks) is left to
+PyAV: the answer is None.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from vimnas_ds.data.bad import BadVideo
 from vimnas_ds.data.convert import orientation
 from vimnas_ds.data.decode import TOLERANCE, decoded_frames, open_video, packet_stamps
+from vimnas_ds.data.listing import VideoFacts
 from vimnas_ds.data.sampling import frame_times
 
 GPU_CODECS = frozenset("h264 hevc vp8 vp9 av1".split())
@@ -29,6 +31,24 @@ class EncodedClip(NamedTuple):
     numbers: NDArray[np.int32]
     width: int
     height: int
+
+
+def read_indexed(
+    path: Path, facts: VideoFacts, frames: int, fps: float, start: float
+) -> EncodedClip | None:
+    """As `read_encoded`, with what the index knows: the file is read once and not parsed.
+
+    None if the file is no longer the one that was probed: `read_encoded` can tell what it is.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise BadVideo(str(path), error.strerror or str(error)) from error
+    if len(data) != facts.size:
+        return None
+    line = facts.timeline
+    chosen = _numbers(line.seconds(), line.duration, frames, fps, start)
+    return EncodedClip(data, chosen, facts.width, facts.height)
 
 
 def read_encoded(path: Path, frames: int, fps: float, start: float) -> EncodedClip | None:
@@ -50,7 +70,15 @@ def read_encoded(path: Path, frames: int, fps: float, start: float) -> EncodedCl
         frame = first[0]
         if any(orientation(frame)):
             return None
-        times = begins[0] + frame_times(end - begins[0], frames, fps, start) + TOLERANCE
-        numbers = np.searchsorted(begins, times, side="right") - 1
+        chosen = _numbers(np.array(begins), end - begins[0], frames, fps, start)
         data = np.fromfile(path, np.uint8)
-    return EncodedClip(data, np.maximum(numbers, 0).astype(np.int32), frame.width, frame.height)
+    return EncodedClip(data, chosen, frame.width, frame.height)
+
+
+def _numbers(
+    begins: NDArray[np.float64], duration: float, frames: int, fps: float, start: float
+) -> NDArray[np.int32]:
+    """The number of the frame shown at each of the clip's times."""
+    times = begins[0] + frame_times(duration, frames, fps, start) + TOLERANCE
+    numbers = np.searchsorted(begins, times, side="right") - 1
+    return np.maximum(numbers, 0).astype(np.int32)

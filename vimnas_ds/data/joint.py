@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,6 +16,7 @@ from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.batches import Batch
 from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, scan_dataset
+from vimnas_ds.data.index import open_index
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.prepare import View
 from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog
@@ -24,12 +25,14 @@ from vimnas_ds.processes import cores_per_process
 
 @dataclass(frozen=True)
 class JointData:
-    """What a run reads: catalogs, the four splits of each dataset, videos dropped as overlap."""
+    """What a run reads: catalogs (of usable files), the four splits of each dataset, videos dropped
+    as overlap, and by dataset and path what is wrong with the unusable files."""
 
     section: DataSection
     catalogs: dict[str, Catalog]
     splits: dict[str, Splits]
     dropped: dict[str, int]
+    unusable: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -47,7 +50,7 @@ class JointData:
         return int.from_bytes(digest.digest()[:8], "big") >> 1
 
     def describe(self) -> list[str]:
-        """One line per dataset: classes, files per split, what is missing or was dropped."""
+        """One line per dataset: classes, files per split, what is missing, unusable or dropped."""
         lines = []
         for name, catalog in self.catalogs.items():
             counts = ", ".join(f"{k} {len(v)}" for k, v in self.splits[name].items())
@@ -55,30 +58,42 @@ class JointData:
             if catalog.missing:
                 shown = ", ".join(catalog.missing_names)
                 line += f"; {catalog.missing} listed files are not on disk (first: {shown})"
+            bad = self.unusable.get(name)
+            if bad:
+                path, reason = next(iter(bad.items()))
+                line += f"; {len(bad)} unusable files left out (first: {path}: {reason})"
             if self.dropped[name]:
                 line += f"; {self.dropped[name]} videos dropped: held out or tested on elsewhere"
             lines.append(line)
         return lines
 
 
-def open_datasets(section: DataSection) -> JointData:
-    """Find and split every dataset.
+def open_datasets(section: DataSection, build: bool = True) -> JointData:
+    """Find and split every dataset, by its index (see `index`).
+
+    Args:
+        build: make the indexes that are not there; without it (a dry run) such datasets are taken
+            as they are listed.
 
     Raises DataMissing with one line for each dataset that is not there, ValueError for
-    annotations or classes that do not fit the configuration.
+    annotations, classes or indexes that do not fit.
     """
-    catalogs, missing = {}, []
+    listed, missing = {}, []
     for name, dataset in section.datasets.items():
         try:
-            catalogs[name] = scan_dataset(name, dataset)
+            listed[name] = scan_dataset(name, dataset)
         except DataMissing as error:
             missing.append(str(error))
     if missing:
         raise DataMissing("\n".join(missing))
+    indexed = {name: open_index(name, c, section, build) for name, c in listed.items()}
     splits, dropped = drop_overlap(
-        {name: split_catalog(c, section.held_out) for name, c in catalogs.items()}
+        {name: split_catalog(one.catalog, section.held_out) for name, one in indexed.items()},
+        listed,
     )
-    return JointData(section, catalogs, splits, dropped)
+    catalogs = {name: one.catalog for name, one in indexed.items()}
+    unusable = {name: dict(one.unusable) for name, one in indexed.items()}
+    return JointData(section, catalogs, splits, dropped, unusable)
 
 
 class Loaders:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vimnas_ds.config import DatasetSection
 from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.decode import read_clip
-from vimnas_ds.data.encoded import read_encoded
+from vimnas_ds.data.encoded import read_encoded, read_indexed
 from vimnas_ds.data.images import read_image
 from vimnas_ds.data.sampling import Cut, SampleDraw, whole_picture
 
@@ -108,7 +108,12 @@ class FilePreparer:
         assert section.frames is not None
         assert section.fps is not None
         if self._nvdec and not safe:
-            clip = read_encoded(path, section.frames, section.fps, start)
+            facts = self.samples[index].video
+            clip = None
+            if facts is not None:
+                clip = read_indexed(path, facts, section.frames, section.fps, start)
+            if clip is None:
+                clip = read_encoded(path, section.frames, section.fps, start)
             if clip is not None:
                 feed["encoded"], feed["numbers"] = clip.data, clip.numbers
                 return clip.width, clip.height

@@ -9,9 +9,10 @@ ranks become `alpha`, the last ones `select`, what lies between is trained on:
 A file's place thus depends on nothing but its rank in its class: a file added later moves at most
 one neighbour over each border and never swaps a file between `alpha` and `select`.
 
-Kinetics-400 and -600 share videos. A file named like Kinetics is ranked by its YouTube id, and
-`drop_overlap` keeps every id out of what is trained on wherever it is held out or tested on, in any
-dataset: an id stays in the most protected split it is in (test, select, alpha, train).
+Kinetics-400 and -600 share videos. A video with a YouTube id (by its name, or by the annotations)
+is ranked by it, and `drop_overlap` keeps every id out of what is trained on wherever it is held out
+or tested on, in any dataset: an id stays in the most protected split it is in (test, select, alpha,
+train). A validation list protects all its ids, also of files that are missing or unusable.
 """
 
 from __future__ import annotations
@@ -42,17 +43,22 @@ def split_catalog(catalog: Catalog, held_out: float) -> dict[str, list[Sample]]:
             f"{catalog.name}: {len(catalog.train)} training files; at least 3 are needed to hold "
             "out one for alpha and one for select"
         )
+
+    def rank(sample: Sample) -> bytes:
+        known = youtube_id(sample.path, catalog.video_ids)
+        return hashlib.sha1((known or sample.path).encode("utf-8", "surrogateescape")).digest()
+
     classes: dict[int, list[Sample]] = defaultdict(list)
     for sample in catalog.train:
         classes[sample.label].append(sample)
     train, alpha, select = [], [], []
     for label, members in classes.items():
-        members.sort(key=_rank)
+        members.sort(key=rank)
         first, last = _shares(len(members), held_out, catalog.class_names[label])
         alpha += members[:first]
         train += members[first : len(members) - last]
         select += members[len(members) - last :]
-    train.sort(key=_rank)
+    train.sort(key=rank)
     if not alpha:
         alpha.append(train.pop(0))
     if not select:
@@ -73,17 +79,20 @@ def _shares(count: int, held_out: float, class_name: str) -> tuple[int, int]:
     return first, total - first
 
 
-def _rank(sample: Sample) -> bytes:
-    return hashlib.sha1((_youtube_id(sample) or sample.path).encode()).digest()
-
-
 #: from the most protected split to the least
 _PROTECTION = ("test", "select", "alpha", "train")
 Splits = dict[str, list[Sample]]
 
 
-def drop_overlap(splits: Mapping[str, Splits]) -> tuple[dict[str, Splits], dict[str, int]]:
+def drop_overlap(
+    splits: Mapping[str, Splits], catalogs: Mapping[str, Catalog] | None = None
+) -> tuple[dict[str, Splits], dict[str, int]]:
     """Removes videos that a more protected split has too, of the same or another dataset.
+
+    Args:
+        splits: of every dataset, by name.
+        catalogs: their catalogs, for the ids that file names do not say and for the validation
+            lists' other ids.
 
     Returns:
         The splits without them (test splits are never changed), and how many were dropped per
@@ -91,20 +100,29 @@ def drop_overlap(splits: Mapping[str, Splits]) -> tuple[dict[str, Splits], dict[
     """
     cleaned: dict[str, Splits] = {name: {} for name in splits}
     dropped = dict.fromkeys(splits, 0)
-    protected: set[str] = set()
+    ids = {name: catalog.video_ids for name, catalog in (catalogs or {}).items()}
+    protected = set().union(*(validation_ids(c) for c in (catalogs or {}).values()))
     for split in _PROTECTION:
         found: set[str] = set()
         for name, parts in splits.items():
-            kept = [s for s in parts[split] if _youtube_id(s) not in protected or split == "test"]
+            known = {s: youtube_id(s.path, ids.get(name, {})) for s in parts[split]}
+            kept = [s for s in parts[split] if known[s] not in protected or split == "test"]
             dropped[name] += len(parts[split]) - len(kept)
             cleaned[name][split] = kept
-            found.update(i for s in kept if (i := _youtube_id(s)) is not None)
+            found.update(i for s in kept if (i := known[s]) is not None)
         protected |= found
     return cleaned, dropped
 
 
-def _youtube_id(sample: Sample) -> str | None:
-    """The video's id if the file is named like Kinetics: ID_START_END.mp4."""
-    stem = sample.path.rpartition("/")[2].rpartition(".")[0]
-    match = YOUTUBE_FILE.fullmatch(stem)
+def validation_ids(catalog: Catalog) -> set[str]:
+    """Every YouTube id of the official validation list, whether its file is there or not."""
+    listed = catalog.test + catalog.absent_test
+    return {i for s in listed if (i := youtube_id(s.path, catalog.video_ids)) is not None}
+
+
+def youtube_id(path: str, known: Mapping[str, str]) -> str | None:
+    """A video's id: from the annotations, or from a file named like Kinetics, ID_START_END.mp4."""
+    if path in known:
+        return known[path]
+    match = YOUTUBE_FILE.fullmatch(path.rpartition("/")[2].rpartition(".")[0])
     return match["id"] if match else None

@@ -7,7 +7,7 @@ from vimnas_ds.cost import Layout, count_macs, count_params
 from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.catalog import scan_dataset
 from vimnas_ds.data.joint import JointData, open_datasets
-from vimnas_ds.report.console import format_table
+from vimnas_ds.report.table import format_table
 from vimnas_ds.space import Arch
 from vimnas_ds.train.schedule import Schedule
 
@@ -74,7 +74,8 @@ def _data(config: RunConfig) -> tuple[str, dict[str, int], str]:
             catalog = scan_dataset(name, data)
             sizes[name] = round(len(catalog.train) * (1 - section.held_out))
             public = data.reference_files
-            reference = f", {public:,} in the public copy" if public else ""
+            tests = f" and {data.reference_test_files:,}" if data.reference_test_files else ""
+            reference = f", {public:,}{tests} in the public copy" if public else ""
             lines.append(
                 f"  {name}: found {len(catalog.train):,} training and {len(catalog.test):,} test "
                 f"files, {catalog.missing:,} listed but missing"
@@ -85,7 +86,7 @@ def _data(config: RunConfig) -> tuple[str, dict[str, int], str]:
             sizes[name] = round((data.reference_files or 0) * (1 - section.held_out))
             notes = " (missing sets counted at the size of their public copies)"
     if not notes:
-        found: JointData = open_datasets(section)
+        found: JointData = open_datasets(section, build=False)
         lines = [f"  {line}" for line in found.describe()]
         sizes = found.sizes
     return "data\n" + "\n".join(lines), sizes, notes

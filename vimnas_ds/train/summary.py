@@ -8,7 +8,7 @@ from typing import Any
 
 from vimnas_ds.config import RunConfig
 from vimnas_ds.data.joint import JointData
-from vimnas_ds.report.console import format_table
+from vimnas_ds.report.table import format_table
 from vimnas_ds.space import Arch
 from vimnas_ds.train.dry_run import cost_of
 from vimnas_ds.train.evaluate import Score

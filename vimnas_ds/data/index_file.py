@@ -1,0 +1,207 @@
+"""The index of one dataset: a Parquet file with a row for every file its listing names.
+
+    path split label | state reason | size mtime | container codec pixels width height rotation
+    mirrored duration | frames tick_num tick_den first_tick deltas   (see `Timeline`)
+
+Rows of missing and unusable files are there too. The header (in the Parquet metadata) says what the
+index is of: the root, the section that it was listed by, and a digest of that listing. Files are
+written beside their place and renamed, so an index is whole or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vimnas_ds.data.bad import UnfitIndex
+from vimnas_ds.data.catalog import Catalog
+from vimnas_ds.data.listing import Sample
+from vimnas_ds.data.probe import Verdict
+from vimnas_ds.data.timeline import Timeline
+
+FORMAT = 1
+METADATA = b"vimnas_index"
+_WORDS = pa.dictionary(pa.int32(), pa.string())
+SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("split", _WORDS),
+        ("label", pa.int32()),
+        ("state", _WORDS),
+        ("reason", _WORDS),
+        ("size", pa.int64()),
+        ("mtime", pa.int64()),
+        ("container", _WORDS),
+        ("codec", _WORDS),
+        ("pixels", _WORDS),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("rotation", pa.int16()),
+        ("mirrored", pa.bool_()),
+        ("duration", pa.float64()),
+        ("frames", pa.int32()),
+        ("tick_num", pa.int64()),
+        ("tick_den", pa.int64()),
+        ("first_tick", pa.int64()),
+        ("deltas", pa.list_(pa.int32())),
+    ]
+)
+_TICKS = ("tick_num", "tick_den", "first_tick", "frames")
+_VERDICT = "state reason size mtime container codec pixels width height rotation mirrored".split()
+
+
+class Row(NamedTuple):
+    """One file of a split ("train" or "test")."""
+
+    path: str
+    split: str
+    label: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an index is of.
+
+    Attributes:
+        name, root: the dataset and its resolved folder.
+        section: the dataset's configuration, as JSON values.
+        listing: digest of every path, label and split that the listing named.
+        limit: None, or how many files were probed as a trial.
+        thorough: images were read through, not just their headers.
+    """
+
+    name: str
+    root: str
+    section: dict[str, Any]
+    listing: str
+    limit: int | None = None
+    thorough: bool = False
+    format: int = FORMAT
+
+
+def listed(catalog: Catalog) -> Iterator[tuple[str, Sample, bool]]:
+    """(split, sample, whether it is on the disk) of everything a catalog names."""
+    for split, there, absent in (
+        ("train", catalog.train, catalog.absent_train),
+        ("test", catalog.test, catalog.absent_test),
+    ):
+        yield from ((split, sample, True) for sample in there)
+        yield from ((split, sample, False) for sample in absent)
+
+
+def listing_digest(catalog: Catalog) -> str:
+    """Changes with every file that is added, removed, renamed or labelled otherwise."""
+    digest = hashlib.sha256()
+    for split, sample, there in listed(catalog):
+        digest.update(f"{split} {there:d} {sample.label} {sample.path}\0".encode(*LOSSLESS))
+    return digest.hexdigest()
+
+
+#: How a file name that is no UTF-8 is encoded.
+LOSSLESS = ("utf-8", "surrogateescape")
+
+
+def stored(path: str) -> str:
+    r"""A path as the index spells it: bytes that are no UTF-8 are written as \xNN."""
+    return path.encode(*LOSSLESS).decode("utf-8", "backslashreplace")
+
+
+def write_rows(file: Path, header: Header, rows: Sequence[Row]) -> None:
+    """Writes an index, atomically."""
+    verdicts = [row.verdict for row in rows]
+    columns: dict[str, Any] = {
+        "path": [stored(row.path) for row in rows],
+        "split": [row.split for row in rows],
+        "label": [row.label for row in rows],
+        "duration": [v.duration for v in verdicts],
+    }
+    for key in _VERDICT:
+        columns[key] = [getattr(v, key) for v in verdicts]
+    lines = [v.timeline for v in verdicts]
+    columns["frames"] = [None if t is None else t.frames for t in lines]
+    columns["tick_num"] = [None if t is None else t.num for t in lines]
+    columns["tick_den"] = [None if t is None else t.den for t in lines]
+    columns["first_tick"] = [None if t is None else t.first for t in lines]
+    columns["deltas"] = _lists([b"" if t is None else t.deltas for t in lines])
+    arrays = [
+        columns[field.name]
+        if field.name == "deltas"
+        else pa.array(columns[field.name], field.type.value_type).dictionary_encode()
+        if field.type == _WORDS
+        else pa.array(columns[field.name], field.type)
+        for field in SCHEMA
+    ]
+    meta = {METADATA: json.dumps(asdict(header)).encode()}
+    table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(meta))
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        pq.write_table(table, partial, compression="zstd")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_header(file: Path) -> Header:
+    """Raises UnfitIndex if the file is no index of this format."""
+    with _damage_in_words(file):
+        meta = (pq.read_schema(file).metadata or {}).get(METADATA)
+        values = None if meta is None else json.loads(meta)
+    if values is None or values.get("format") != FORMAT:
+        found = "none" if values is None else values.get("format")
+        raise UnfitIndex(
+            f"{file} is of index format {found}, this program reads {FORMAT}; delete it, and the "
+            "next run builds a new one"
+        )
+    return Header(**values)
+
+
+def read_rows(file: Path) -> Iterator[Row]:
+    """Every row, in the file's order. Raises UnfitIndex if the file is damaged."""
+    with _damage_in_words(file):
+        table = pq.read_table(file).combine_chunks()
+    columns = {name: table[name].to_pylist() for name in table.column_names if name != "deltas"}
+    deltas = table["deltas"].combine_chunks() if len(table) else pa.array([], SCHEMA[-1].type)
+    flat = deltas.values.to_numpy(zero_copy_only=False).astype(np.int32)
+    offsets = deltas.offsets.to_pylist()
+    values = zip(*(columns[key] for key in _VERDICT), strict=True)
+    for i, found in enumerate(values):
+        timeline = None
+        if columns["frames"][i] is not None:
+            numbers = [columns[key][i] for key in _TICKS]
+            packed = flat[offsets[i] : offsets[i + 1]].tobytes()
+            timeline = Timeline._make([*numbers, packed])
+        verdict = Verdict(*found)
+        if timeline is not None:
+            verdict = replace(verdict, timeline=timeline, duration=columns["duration"][i])
+        yield Row(columns["path"][i], columns["split"][i], columns["label"][i], verdict)
+
+
+def _lists(deltas: Iterable[bytes]) -> pa.Array:
+    parts = [np.frombuffer(d, np.int32) for d in deltas]
+    offsets = np.cumsum([0, *map(len, parts)])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError("more than 2^31 timestamps in one index")
+    flat = np.concatenate(parts) if parts else np.empty(0, np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, pa.int32()))
+
+
+@contextlib.contextmanager
+def _damage_in_words(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UnfitIndex(
+            f"cannot read the index {file} ({str(error).splitlines()[0]}); delete it, and the next "
+            "run builds a new one"
+        ) from error
