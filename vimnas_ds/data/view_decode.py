@@ -172,17 +172,14 @@ def _decode(
     """The frames at the `wanted` times; None if a seek landed too late or nowhere."""
     stream, frames = container.streams.video[0], _Frames(wanted)
     for run in runs:
-        try:
-            # to where the key frame is shown, rounded to the stream's own ticks
-            ticks = 0 if run.seek is None else round(run.seek / float(stream.time_base or 1))
-            if run.seek is None:
-                container.seek(0, backward=True)
-            else:
+        if run.seek is None:
+            container.seek(0, backward=True)
+        else:
+            ticks = round(run.seek / float(stream.time_base or 1))
+            try:
                 container.seek(ticks, stream=stream, backward=True)
-        except FFmpegError:
-            if run.seek is not None:
+            except FFmpegError:
                 return None
-            raise
         frames.begin(run)
         previous: av.VideoFrame | None = None
         for frame, time in decoded_frames(container, stream, path):

@@ -21,8 +21,8 @@ from vimnas_ds.confusion import Confusion
 MAX_MATRIX, MAX_WRITTEN = 40, 16
 #: Pairs and classes listed for larger heads.
 LISTED = 25
-#: Letters of a class name that are shown.
-LETTERS = 34
+#: Letters of a class name that are shown beside a matrix, and in a list.
+LETTERS, LIST_LETTERS = 40, 52
 BLUE, RED = "#4477aa", "#bb5566"
 
 
@@ -30,8 +30,10 @@ def confusion_figure(confusion: Confusion, names: Sequence[str], title: str) -> 
     """`names`: one per class. Raises ValueError for another number of names."""
     if len(names) != len(confusion.counts):
         raise ValueError(f"{len(confusion.counts)} classes, {len(names)} names")
-    draw = _matrix if len(names) <= MAX_MATRIX else _lists
-    figure = draw(confusion, [shortened(name) for name in names])
+    if len(names) <= MAX_MATRIX:
+        figure = _matrix(confusion, [shortened(name, LETTERS) for name in names])
+    else:
+        figure = _lists(confusion, [shortened(name, LIST_LETTERS) for name in names])
     mean = f"mean of classes {confusion.mean_class:.1%}"
     numbers = f"top-1 {confusion.top1:.1%}, top-5 {confusion.top5:.1%}, {mean}"
     figure.suptitle(f"{title}\n{numbers}, {confusion.count:,} samples", fontsize=11)
@@ -43,19 +45,23 @@ def write_figure(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def shortened(name: str) -> str:
-    """On one line, at most `LETTERS` letters: the beginning and the end, which tell similar
-    sentences apart ("Putting something ... onto something")."""
-    name = " ".join(name.split()).replace("$", r"\$")
-    if len(name) <= LETTERS:
-        return name
-    half = LETTERS // 2
-    return f"{name[: LETTERS - half - 1].rstrip()}…{name[-half:].lstrip()}"
+def shortened(name: str, letters: int) -> str:
+    """On one line of at most so many letters: words from both ends, which tell similar sentences
+    apart ("Putting something ... onto something")."""
+    text = " ".join(name.split())
+    if len(text) > letters:
+        half = letters // 2
+        front, back = text[: letters - half - 1], text[-half:]
+        if " " in front and " " in back:  # whole words
+            front, back = front.rpartition(" ")[0], back.partition(" ")[2]
+        text = f"{front} … {back}" if len(front) + len(back) + 3 <= letters else f"{front}…{back}"
+    return text.replace("$", r"\$")
 
 
 def _matrix(confusion: Confusion, names: list[str]) -> Figure:
     count = len(names)
-    cell = 0.52 if count <= MAX_WRITTEN else 0.24
+    written = count <= MAX_WRITTEN
+    cell, size = (0.52, 9) if written else (0.24, 7)
     letters = max(map(len, names))
     side, margin = max(2.6, cell * count), 0.075 * letters
     figure = Figure(figsize=(margin + side + 3.6, 1.6 + margin + side), dpi=100)
@@ -67,19 +73,19 @@ def _matrix(confusion: Confusion, names: list[str]) -> Figure:
     shown = np.ma.masked_array(rows, np.broadcast_to(totals[:, None] == 0, rows.shape))
     left.set_facecolor("#cccccc")  # a class without samples
     image = left.imshow(shown, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    if count <= MAX_WRITTEN:
+    if written:
         for (true, predicted), share in np.ndenumerate(rows):
             if share:
                 ink = "white" if share > 0.6 else "black"
                 text = f"{100 * share:.0f}"
                 left.text(predicted, true, text, ha="center", va="center", color=ink, fontsize=8)
-    size = 9 if count <= MAX_WRITTEN else 7
     left.set_xticks(range(count), names, rotation=90, fontsize=size)
     left.set_yticks(range(count), names, fontsize=size)
     left.set_xlabel("predicted")
     left.set_ylabel("true class")
-    left.set_title("of each true class, in %", fontsize=10)
-    figure.colorbar(image, ax=left, location="left", label="share of the class", shrink=0.7)
+    left.set_title("share of each true class" + (" in %" if written else ""), fontsize=10)
+    if not written:
+        figure.colorbar(image, ax=left, location="left", shrink=0.5)
 
     accuracy = [rows[i, i] if totals[i] else 0.0 for i in range(count)]
     right.barh(range(count), accuracy, height=0.7, color=BLUE)
@@ -88,7 +94,7 @@ def _matrix(confusion: Confusion, names: list[str]) -> Figure:
         right.text(1.03, i, text, va="center", fontsize=size)
     right.axvline(confusion.top1, color=RED, linestyle="--", linewidth=1.2)
     right.set_xlim(0, 1.55)
-    right.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+    right.set_xticks([0, 0.5, 1], ["0", "50%", "100%"])
     right.tick_params(labelleft=False, left=False)
     right.set_title("accuracy (dashed: top-1)", fontsize=10)
     right.spines[["top", "right", "left"]].set_visible(False)
@@ -115,7 +121,7 @@ def _lists(confusion: Confusion, names: list[str]) -> Figure:
     notes = [f"{s:.0%} of {totals[c]}" for c, s in zip(worst, shares, strict=True)]
     _listed(right, [names[c] for c in worst], shares, notes, BLUE)
     right.set_xlim(0, 1.25)
-    right.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+    right.set_xticks([0, 0.5, 1], ["0", "50%", "100%"])
     right.set_title("worst classes: accuracy", fontsize=10)
 
     below = figure.add_subplot(grid[1, :])
@@ -123,8 +129,9 @@ def _lists(confusion: Confusion, names: list[str]) -> Figure:
     below.fill_between(range(len(every)), every, step="mid", color=BLUE, alpha=0.75)
     below.axhline(confusion.top1, color=RED, linestyle="--", linewidth=1.2)
     below.set_ylim(0, 1)
+    below.set_xlabel("classes")
     below.set_xlim(-0.5, max(len(every) - 0.5, 0.5))
-    below.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+    below.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
     empty = len(totals) - len(every)
     note = f"; {empty} without samples left out" if empty else ""
     below.set_title(f"all classes, sorted by accuracy (dashed: top-1{note})", fontsize=10)
