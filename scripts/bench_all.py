@@ -25,6 +25,7 @@ BENCHES = (
     ("bench_step.py", "--video"),
     ("bench_engine.py",),
     ("bench_memory.py",),
+    ("bench_views.py",),
 )
 LINE = re.compile(r"^(\S+) ratio (\S+) goal (\S+)$")
 

@@ -107,8 +107,7 @@ def evaluate(args: argparse.Namespace) -> int:
         short = short_names(list(archs))
         for label, by_dataset in scores.items():
             for name, score in by_dataset.items():
-                views = f"{score.plan.clips} x {score.plan.crops} {score.plan.placement} views"
-                title = f"{name} ({args.split}), {short[label]}, {views}"
+                title = f"{name} ({args.split}), {short[label]}, {score.plan.describe()}"
                 figure = confusion_figure(score.confusion, run_classes(run, name), title)
                 write_figure(figure, out.with_name(f"{out.stem}-{name}-{short[label]}.png"))
         say_left_out(evaluator.skipped)

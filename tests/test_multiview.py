@@ -78,9 +78,10 @@ def test_dense_clips_keep_their_stride_in_the_middle_unless_the_video_is_too_sho
 
 def test_crops_lie_along_the_longer_side():
     plan = ViewPlan(2, 3)
-    assert len(plan) == 6
+    assert (len(plan), plan.describe()) == (6, "2 x 3 even views")
     assert plan.places(90, 60).tolist() == [[0.5, 0], [0.5, 0.5], [0.5, 1]]
     assert plan.places(60, 90).tolist() == [[0, 0.5], [0.5, 0.5], [1, 0.5]]
+    assert ViewPlan().describe() == "1 central view"
     assert ViewPlan().places(60, 90).tolist() == [[0.5, 0.5]]
 
 

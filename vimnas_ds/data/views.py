@@ -54,6 +54,12 @@ class ViewPlan:
     def __len__(self) -> int:
         return self.clips * self.crops
 
+    def describe(self) -> str:
+        """In words: "4 x 3 even views", "1 central view"."""
+        if len(self) == 1:
+            return "1 central view"
+        return f"{self.clips} x {self.crops} {self.placement} views"
+
     def times(self, duration: float, frames: int, fps: float) -> NDArray[np.float64]:
         """Seconds from the first frame on at which the clips look: shape (clips, frames).
 
