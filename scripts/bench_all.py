@@ -26,6 +26,7 @@ BENCHES = (
     ("bench_engine.py",),
     ("bench_memory.py",),
     ("bench_data.py",),
+    ("bench_views.py",),
 )
 LINE = re.compile(r"^(\S+) ratio (\S+) goal (\S+)$")
 

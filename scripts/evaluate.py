@@ -1,27 +1,38 @@
-"""Report sub-networks of a trained supernet on the test splits.
+"""Report sub-networks of a trained supernet on the test splits: numbers, JSON, pictures.
 
     python scripts/evaluate.py                            (largest and smallest of the latest run)
     python scripts/evaluate.py --checkpoint runs/vitl --arch runs/vitl/evolution/arch.json largest
+    python scripts/evaluate.py --views dense --stride 1 --set vimnas.data.k400.test_clips=10
     deepspeed --num_gpus 2 scripts/evaluate.py --arch runs/demo/perturbation/arch.json
 
 Several views a sample, softmax averaged: Kinetics 4 clips x 3 crops, SSV2 2 x 3, images one centre
-crop (vimnas.data.NAME.test_clips, test_crops). Prints top-1, top-5, params and GFLOPs per view x
-views, and writes them to RUN/evaluation.json and .csv.
+crop (vimnas.data.NAME.test_clips, test_crops). Crops lie along the longer side, clips
+
+    --views even     evenly from the video's start to its end (default; the published protocols)
+    --views dense    --stride seconds apart in its middle, closer where the video is too short
+
+Every file is opened and decoded once for all its views and sub-networks. Under the launcher the
+ranks share the files; the numbers stay the same. A file that cannot be used is left out of the
+accuracies, counted and named.
+
+Prints top-1, top-5, params and GFLOPs per view x views. Writes RUN/evaluation.json (every field:
+vimnas_ds/search/evaluation.py), .csv, and one picture per dataset and sub-network beside them,
+evaluation-DATASET-NAME.png: confusion matrix and accuracy per class; with more than 40 classes the
+most confused pairs and the worst classes. Cost: the network's, and on a CPU one to two seconds of
+decoding and resizing for each Kinetics video.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vimnas_ds.arch_file import named_arch
+from vimnas_ds.config import ConfigError
+from vimnas_ds.report.confusion import confusion_figure, write_figure
 from vimnas_ds.report.table import format_table
 from vimnas_ds.search.cli import (
     Progress,
@@ -30,10 +41,14 @@ from vimnas_ds.search.cli import (
     run_script,
     say_left_out,
 )
-from vimnas_ds.search.multiview import MultiViewEvaluator
+from vimnas_ds.search.evaluation import (
+    evaluation_object,
+    run_classes,
+    short_names,
+    write_evaluation,
+)
+from vimnas_ds.search.multiview import MultiViewEvaluator, ViewScore
 from vimnas_ds.search.run import open_run
-from vimnas_ds.space import Arch
-from vimnas_ds.train.dry_run import cost_of
 from vimnas_ds.train.ranks import SEARCH_TIMEOUT, start_ranks
 
 
@@ -48,64 +63,76 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="default: all of the run")
     parser.add_argument("--split", choices=("test", "select"), default="test")
+    parser.add_argument(
+        "--views",
+        choices=("even", "dense"),
+        default="even",
+        help="even: clips from the video's start to its end; dense: --stride apart in its middle",
+    )
+    parser.add_argument(
+        "--stride",
+        type=float,
+        metavar="SECONDS",
+        help="between the starts of dense clips; default: a quarter of a clip",
+    )
     parser.add_argument("--single_view", action="store_true", help="one centre clip and crop")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/evaluation.json")
     return parser.parse_args(argv)
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    if args.single_view and args.views == "dense":
+        raise ConfigError("--single_view and --views dense exclude each other")
+    if args.out is not None and args.out.suffix != ".json":
+        raise ConfigError(f"--out {args.out} must end in .json: a CSV and pictures go beside it")
     ranks = start_ranks(SEARCH_TIMEOUT, engine=False)
     run = open_run(args.checkpoint, ranks, args.set)
     datasets = choose_datasets(run, args.datasets)
     archs = {name: named_arch(name, run.net.space) for name in args.arch}
+    evaluator = MultiViewEvaluator(run, args.single_view, args.views, args.stride)
     out = args.out or run.files.root / "evaluation.json"
     if ranks.is_main:
         out.parent.mkdir(parents=True, exist_ok=True)
-    evaluator = MultiViewEvaluator(run, args.single_view)
-    views = sum(len(evaluator.views(name)) for name in datasets)
-    progress = Progress(views, "evaluation", 1, ranks.is_main)
-    rows: list[dict[str, Any]] = []
+    samples = sum(evaluator.num_samples(name, args.split) for name in datasets)
+    progress = Progress(samples, "evaluation", ranks.world_size, ranks.is_main)
+    scores: dict[str, dict[str, ViewScore]] = {label: {} for label in archs}
     for name in datasets:
         forwards = {k: partial(run.net, arch=a, dataset=name) for k, a in archs.items()}
         for label, score in evaluator.scores(forwards, name, args.split, progress).items():
-            params, gflops = cost_of(run.config, archs[label], name)
-            row = {"sub-network": label, "dataset": name, **asdict(score)}
-            rows.append({**row, "params": params, "gflops_per_view": gflops})
+            scores[label][name] = score
     progress.close()
     if ranks.is_main:
-        write(out, rows, archs, args.split)
-        print(describe(rows))
-        print(f"({args.split} split; written to {out})")
-    say_left_out(evaluator.skipped)
+        found = evaluation_object(run, evaluator, archs, scores, args.split)
+        write_evaluation(out, found)
+        short = short_names(list(archs))
+        for label, by_dataset in scores.items():
+            for name, score in by_dataset.items():
+                title = f"{name} ({args.split}), {short[label]}, {score.plan.describe()}"
+                figure = confusion_figure(score.confusion, run_classes(run, name), title)
+                write_figure(figure, out.with_name(f"{out.stem}-{name}-{short[label]}.png"))
+        say_left_out(evaluator.skipped)
+        print(describe(found, short))
+        print(f"({args.split} split; written to {out}, pictures to {out.stem}-*.png beside it)")
     evaluator.close()
     run.close()
     return 0
 
 
-def write(out: Path, rows: list[dict[str, Any]], archs: Mapping[str, Arch], split: str) -> None:
-    """JSON by sub-network and dataset, and beside it a CSV with one row for each."""
-    found: dict[str, Any] = {
-        label: {"arch": json.loads(arch.to_json()), "datasets": {}} for label, arch in archs.items()
-    }
-    for row in rows:
-        values = {k: v for k, v in row.items() if k not in ("sub-network", "dataset")}
-        found[row["sub-network"]]["datasets"][row["dataset"]] = values
-    out.write_text(json.dumps({"split": split, "archs": found}, indent=2) + "\n")
-    with out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def describe(rows: list[dict[str, Any]]) -> str:
-    """One row a sub-network and dataset; a file stands for its folder's name."""
-    head = ["sub-network", "dataset", "top-1", "top-5", "params", "GFLOPs x views"]
+def describe(found: dict[str, Any], short: dict[str, str]) -> str:
+    """One row a sub-network and dataset."""
+    head = ["sub-network", "dataset", "samples", "top-1", "top-5", "classes' mean"]
+    head += ["worst class", "params", "GFLOPs x views"]
     lines = []
-    for r in rows:
-        label = Path(r["sub-network"]).parent.name or r["sub-network"]
-        tops = [f"{r['top1']:.1%}", f"{r['top5']:.1%}"]
-        cost = f"{r['gflops_per_view']:.4g} x {r['views']}"
-        lines.append([label, r["dataset"], *tops, f"{r['params']:,}", cost])
+    for label, arch in found["archs"].items():
+        for name, r in arch["datasets"].items():
+            skipped = len(found["datasets"][name]["skipped"])
+            samples = f"{r['count']:,}" + (f" ({skipped} left out)" if skipped else "")
+            tops = [f"{r[key]:.1%}" for key in ("top1", "top5", "mean_class")]
+            classes = {c: v["top1"] for c, v in r["per_class"].items() if v["count"]}
+            worst = min(classes, key=classes.__getitem__)
+            cost = f"{r['gflops_per_view']:.4g} x {r['views']}"
+            last = f"{worst[:24]} {classes[worst]:.0%}"
+            lines.append([short[label], name, samples, *tops, last, f"{r['params']:,}", cost])
     return format_table(head, lines)
 
 

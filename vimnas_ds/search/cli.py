@@ -82,7 +82,7 @@ def say_left_out(left_out: Mapping[str, Mapping[str, str]]) -> None:
 
 
 class Progress:
-    """A progress bar with ETA on stderr, on rank 0; call it after each unit of work."""
+    """A progress bar with ETA on stderr, on rank 0; call it after each unit of work, or several."""
 
     def __init__(self, total: int, what: str, units: int, enabled: bool):
         self._bar = tqdm(
@@ -90,8 +90,9 @@ class Progress:
         )
         self._units = units  # ranks work in step: each call of rank 0 stands for that many
 
-    def __call__(self) -> None:
-        self._bar.update(min(self._units, max((self._bar.total or 0) - self._bar.n, 0)))
+    def __call__(self, count: int = 1) -> None:
+        left = max((self._bar.total or 0) - self._bar.n, 0)
+        self._bar.update(min(count * self._units, left))
 
     def close(self) -> None:
         self._bar.close()

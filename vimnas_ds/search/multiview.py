@@ -1,106 +1,172 @@
 """Reported numbers: several views of every test sample, softmax averaged over them.
 
-Kinetics takes 4 clips x 3 crops, SSV2 2 x 3, images one centre crop (METHOD.md section 6). Clips
-are evenly placed from the video's start to its end, crops along the longer side. Samples are
-shared among the ranks and each counts once.
+    p(sample) = mean over views of softmax(logits(view))
+
+Kinetics takes 4 clips x 3 crops, SSV2 2 x 3, images one centre crop (METHOD.md section 6); where
+they lie is `data.views`. A process has whole samples with all their views, each sample exactly
+once, so only integer counts are summed over the processes: results depend neither on their number
+nor on the batch size (but for the rounding of the network itself).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vimnas_ds.config import ConfigError
+from vimnas_ds.confusion import Confusion
 from vimnas_ds.data.bad import DataMissing
-from vimnas_ds.data.joint import Loaders
-from vimnas_ds.data.prepare import View
+from vimnas_ds.data.view_loader import ViewBatch, ViewLoader
+from vimnas_ds.data.views import Placement, ViewPlan
+from vimnas_ds.processes import cores_per_process
 from vimnas_ds.search.run import SearchRun
-from vimnas_ds.train.ranks import sum_over_ranks
+from vimnas_ds.train.ranks import gather_objects, sum_over_ranks
+from vimnas_ds.train.run_files import CheckpointError
+
+Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class ViewScore:
-    """Accuracies as fractions over `count` samples, each seen `views` times."""
+    """Counts over all samples, each seen as `plan` says; accuracies are fractions."""
 
-    top1: float
-    top5: float
-    count: int
-    views: int
+    confusion: Confusion
+    plan: ViewPlan
 
+    @property
+    def top1(self) -> float:
+        return self.confusion.top1
 
-def place_views(clips: int, crops: int) -> list[View]:
-    """Evenly placed clips and crops; a single one is central."""
-    starts, places = ([i / (n - 1) for i in range(n)] if n > 1 else [0.5] for n in (clips, crops))
-    return [View(start, crop) for start in starts for crop in places]
+    @property
+    def top5(self) -> float:
+        return self.confusion.top5
+
+    @property
+    def count(self) -> int:
+        return self.confusion.count
+
+    @property
+    def views(self) -> int:
+        return len(self.plan)
 
 
 class MultiViewEvaluator:
-    """Scores forward functions on whole splits of a run, samples shared among its ranks."""
+    """Scores forward functions on whole splits of a run, samples shared among its ranks.
 
-    def __init__(self, run: SearchRun, single_view: bool = False):
-        self.run, self.single_view = run, single_view
-        ranks = run.ranks
-        seed = run.config.vimnas.seed
-        self.loaders = Loaders(run.data, seed, ranks.rank, ranks.world_size, ranks.device)
+    Args:
+        run: the data, the ranks and the precision.
+        single_view: one central clip and crop instead of the datasets' own numbers.
+        placement, stride: see `ViewPlan`.
+
+    Attributes:
+        skipped: dataset -> unusable file -> reason, of all ranks, sorted by file.
+    """
+
+    def __init__(
+        self,
+        run: SearchRun,
+        single_view: bool = False,
+        placement: Placement = "even",
+        stride: float | None = None,
+    ):
+        self.run = run
         self.skipped: dict[str, dict[str, str]] = {}
+        self._plans: dict[str, ViewPlan] = {}
+        for name, section in run.config.vimnas.data.datasets.items():
+            clips, crops = (1, 1) if single_view else section.views
+            try:
+                self._plans[name] = ViewPlan(clips, crops, placement, stride)
+            except ValueError as err:
+                raise ConfigError(str(err)) from err
+        workers = run.config.vimnas.data.workers
+        self._workers = workers or min(16, cores_per_process(run.ranks.world_size))
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
 
-    def views(self, dataset: str) -> list[View]:
-        clips, crops = self.run.config.vimnas.data.datasets[dataset].views
-        return [View()] if self.single_view else place_views(clips, crops)
+    def plan(self, dataset: str) -> ViewPlan:
+        return self._plans[dataset]
+
+    def num_samples(self, dataset: str, split: str) -> int:
+        """Files listed, usable or not."""
+        return len(self.run.data.splits[dataset][split])
 
     @torch.no_grad()
     def scores(
         self,
-        forwards: Mapping[str, Callable[[Tensor], Tensor]],
+        forwards: Mapping[str, Forward],
         dataset: str,
         split: str,
-        progress: Callable[[], None],
+        progress: Callable[[int], None],
     ) -> dict[str, ViewScore]:
-        """Score several networks, batch -> logits; every view is decoded once for all of them.
+        """Score several networks, batch -> logits (B, num_classes); every file is decoded once for
+        all of them.
 
-        `progress` is called after each view. Raises DataMissing when no rank could read a file.
+        `progress` is given the number of samples that this rank has done since the last call.
+        Raises DataMissing when no rank could read a file, CheckpointError for logits that are not
+        finite.
         """
-        views = self.views(dataset)
-        # network -> path -> (summed probabilities, label)
-        sums: dict[str, dict[str, tuple[Tensor, int]]] = {label: {} for label in forwards}
-        for view in views:
-            self._add_view(forwards, dataset, split, view, sums)
-            progress()
-        totals = torch.zeros(len(forwards), 3, dtype=torch.float64)
-        for row, found in zip(totals, sums.values(), strict=True):
-            for probabilities, label in found.values():
-                best = probabilities.topk(min(5, len(probabilities))).indices.tolist()
-                row += row.new_tensor([best[0] == label, label in best, 1])
-        rows = sum_over_ranks(totals.to(self.run.ranks.device), self.run.ranks).tolist()
-        if not rows[0][2]:
-            raise DataMissing(f"{dataset}: no file of the {split} split could be read")
-        return {
-            label: ViewScore(top1 / n, top5 / n, int(n), len(views))
-            for label, (top1, top5, n) in zip(forwards, rows, strict=True)
-        }
-
-    def _add_view(
-        self,
-        forwards: Mapping[str, Callable[[Tensor], Tensor]],
-        dataset: str,
-        split: str,
-        view: View,
-        sums: Mapping[str, dict[str, tuple[Tensor, int]]],
-    ) -> None:
-        batch_size = self.run.config.vimnas.log.eval_batch
-        loader = self.loaders.evaluation(dataset, split, batch_size, view)
+        run, plan = self.run, self._plans[dataset]
+        section, batch = run.config.vimnas.data.datasets[dataset], run.config.vimnas.log.eval_batch
+        loader = ViewLoader(
+            dataset,
+            section,
+            run.data.splits[dataset][split],
+            plan,
+            run.ranks.rank,
+            run.ranks.world_size,
+            max(1, batch // len(plan)),
+            run.ranks.device,
+            self._pool,
+            ahead=self._workers,
+            threads=self._workers,
+        )
+        found = {label: Confusion.empty(section.num_classes) for label in forwards}
+        done = 0
         try:
-            for batch in loader:
-                x, labels = batch.x.to(self.run.ranks.device, self.run.dtype), batch.y.tolist()
-                for key, forward in forwards.items():
-                    rows, found = forward(x).float().softmax(-1).cpu(), sums[key]
-                    for name, row, label in zip(batch.names, rows, labels, strict=True):
-                        found[name] = (found[name][0] + row if name in found else row, label)
+            for views in loader:
+                for label, forward in forwards.items():
+                    probabilities = self._mean_softmax(forward, views, batch, label)
+                    for row, target in zip(probabilities, views.labels, strict=True):
+                        found[label].add(row, target)
+                progress(loader.seen - done)
+                done = loader.seen
         finally:
-            self.skipped.setdefault(dataset, {}).update(loader.skipped)
             loader.close()
+        progress(loader.seen - done)
+        self._gather_skipped(dataset, loader.skipped)
+        for confusion in found.values():
+            self._sum(confusion)
+        if not next(iter(found.values())).count:
+            raise DataMissing(f"{dataset}: no file of the {split} split could be read")
+        return {label: ViewScore(confusion, plan) for label, confusion in found.items()}
+
+    def _mean_softmax(self, forward: Forward, views: ViewBatch, batch: int, label: str) -> Tensor:
+        """Probabilities averaged over views: float64 (B, C) on the CPU. The network gets at most
+        `batch` views at a time."""
+        run, (count, per_sample) = self.run, views.x.shape[:2]
+        rows = [
+            forward(x.to(run.ranks.device, run.dtype)).float()
+            for x in views.x.flatten(0, 1).split(batch)
+        ]
+        logits = torch.cat(rows).cpu().unflatten(0, (count, per_sample))  # (B, V, C)
+        finite = logits.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            name = views.names[finite.index(False)]
+            raise CheckpointError(f"{run.checkpoint}: {label}: logits of {name} are not finite")
+        return logits.double().softmax(-1).mean(1)
+
+    def _sum(self, confusion: Confusion) -> None:
+        """Replaces this rank's counts by those of all ranks."""
+        for counts in (confusion.counts, confusion.top5_hits):
+            counts.copy_(sum_over_ranks(counts.to(self.run.ranks.device), self.run.ranks))
+
+    def _gather_skipped(self, dataset: str, mine: dict[str, str]) -> None:
+        parts = gather_objects(mine) if self.run.ranks.world_size > 1 else [mine]
+        found = self.skipped.setdefault(dataset, {})
+        found |= dict(sorted(item for part in parts for item in part.items()))
 
     def close(self) -> None:
-        self.loaders.close()
+        self._pool.shutdown(cancel_futures=True)
