@@ -57,7 +57,7 @@ class EncodedViews(NamedTuple):
     height: int
 
 
-def read_views(path: Path, times: Times, cut: Callable[[int, int], Cut]) -> Views:
+def read_views(path: Path, times: Times, cut: Callable[[int, int], Cut] | None = None) -> Views:
     """Decodes the frames at `times`, each cropped and scaled as `cut` says (see `read_clip`).
 
     Raises:
@@ -169,7 +169,7 @@ def _decode(
     path: Path,
     wanted: NDArray[np.float64],
     runs: list[_Run],
-    cut: Callable[[int, int], Cut],
+    cut: Callable[[int, int], Cut] | None = None,
 ) -> _Frames | None:
     """The frames at the `wanted` times; None if a seek landed too late or nowhere."""
     stream, frames = container.streams.video[0], _Frames(wanted, cut)
@@ -202,7 +202,7 @@ def _decode(
 class _Frames:
     """The distinct frames in the making, and which of them is shown at each wanted time."""
 
-    def __init__(self, wanted: NDArray[np.float64], cut: Callable[[int, int], Cut]) -> None:
+    def __init__(self, wanted: NDArray[np.float64], cut: Callable[[int, int], Cut] | None) -> None:
         self._cut = cut
         self._wanted: list[float] = wanted.tolist()
         self._next = self._end = self._count = 0
