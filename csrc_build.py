@@ -7,6 +7,7 @@ Default architectures 8.0 and 9.0 (TORCH_CUDA_ARCH_LIST). A failed build is an e
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def extension() -> tuple[list[Any], dict[str, Any]]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math"]
-    flags += ["-fopenmp"]  # at::parallel_for is a plain loop without it
+    # at::parallel_for is a plain loop without it (PyTorch's macOS wheels have none to link with)
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    flags += openmp
     names = ("schemas", "sliced_linear", "gemm", "rows", "gates", "adamw")
     sources = [f"csrc/{name}.cpp" for name in names]
     if root is None:
@@ -54,7 +57,7 @@ def extension() -> tuple[list[Any], dict[str, Any]]:
             "vimnas_ds._C",
             sources,
             extra_compile_args={"cxx": flags},
-            extra_link_args=["-fopenmp"],
+            extra_link_args=openmp,
         )
     else:
         headers = [d for d in wheel_folders("include") if (d / "cublasLt.h").exists()][:1]
@@ -71,6 +74,6 @@ def extension() -> tuple[list[Any], dict[str, Any]]:
                 "cxx": [*flags, "-DVIMNAS_WITH_CUDA", *system],
                 "nvcc": ["-O3", "-std=c++20", "-lineinfo", "--threads=2"],
             },
-            extra_link_args=[*link, "-fopenmp"],
+            extra_link_args=[*link, *openmp],
         )
     return [built], {"build_ext": BuildExtension.with_options(use_ninja=True)}

@@ -1,9 +1,16 @@
 // Input checks shared by all backends: each says what is wrong, with names, shapes and values.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 
 namespace vimnas {
+
+// The gradients' own gradients are not written: PyTorch's fallback would return zeros in silence.
+inline void check_single_backward(const char* op) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), op,
+                              " has no double backward (create_graph=True)");
+}
 
 inline void check_float(const char* op, const at::Tensor& x) {
   const auto t = x.scalar_type();
@@ -21,6 +28,7 @@ inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const at
   check_float("sliced_linear", x);
   TORCH_CHECK_VALUE(weight.dim() == 3 && weight.is_contiguous(),
                     "sliced_linear: weight must be a contiguous (G, O, I), got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.size(0) > 0, "sliced_linear: weight ", weight.sizes(), " has no group");
   TORCH_CHECK_VALUE(bias.dim() == 2 && bias.is_contiguous() && bias.size(0) == weight.size(0) &&
                         bias.size(1) == weight.size(1),
                     "sliced_linear: bias ", bias.sizes(), " does not fit weight ", weight.sizes());
@@ -40,7 +48,8 @@ inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const at
 
 inline void check_linear_backward(at::TensorList dy, const at::Tensor& x, const at::Tensor& weight,
                                   const at::Tensor& pre) {
-  TORCH_CHECK_VALUE(weight.dim() == 3 && static_cast<int64_t>(dy.size()) == weight.size(0),
+  TORCH_CHECK_VALUE(weight.dim() == 3 && !dy.empty() &&
+                        static_cast<int64_t>(dy.size()) == weight.size(0),
                     "sliced_linear backward: ", dy.size(), " gradients for weight ",
                     weight.sizes());
   for (const at::Tensor& g : dy) {
@@ -99,6 +108,18 @@ inline void check_norm(const at::Tensor& x, const at::Tensor& mass, const at::Te
                       "gated_norm: weight and bias must be ", x.scalar_type(), " vectors of ",
                       x.size(-1), " channels, got ", p.scalar_type(), " ", p.sizes());
   }
+}
+
+inline void check_norm_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& mass,
+                                const at::Tensor& weight, const at::Tensor& bias,
+                                const at::Tensor& stats) {
+  check_norm(x, mass, weight, bias);
+  check_gradient("gated_norm backward", dy, x);
+  const int64_t rows = x.size(-1) > 0 ? x.numel() / x.size(-1) : 0;
+  TORCH_CHECK_VALUE(stats.numel() == 2 * rows && stats.scalar_type() == wide(x) &&
+                        stats.device() == x.device(),
+                    "gated_norm backward: statistics ", stats.toString(), " ", stats.sizes(),
+                    " do not fit ", rows, " rows");
 }
 
 inline void check_adamw(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& exp_avg,

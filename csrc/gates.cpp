@@ -59,10 +59,9 @@ std::tuple<Tensor, Tensor> norm_cpu(const Tensor& input, const Tensor& mass, con
 
 std::tuple<Tensor, Tensor> norm_backward_cpu(const Tensor& dy, const Tensor& input,
                                              const Tensor& mass, const Tensor& weight,
-                                             const Tensor& bias, const Tensor& stats) {
-  check_norm(input, mass, weight, bias);
-  check_gradient("gated_norm", dy, input);
-  const Tensor x = input.contiguous(), grad = dy.contiguous();
+                                             const Tensor& bias, const Tensor& given_stats) {
+  check_norm_backward(dy, input, mass, weight, bias, given_stats);
+  const Tensor x = input.contiguous(), grad = dy.contiguous(), stats = given_stats.contiguous();
   Tensor dx = at::empty_like(x), dmass;
   over_rows(x, [&](auto type, int64_t rows, int64_t cols) {
     using T = decltype(type);
@@ -200,6 +199,7 @@ struct GatedNorm : torch::autograd::Function<GatedNorm> {
     return y;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
+    check_single_backward("gated_norm");
     static auto op = find<NormBackwardOp>("vimnas_ds::_gated_norm_backward");
     const auto s = ctx->get_saved_variables();
     auto [dx, dmass] = op.call(dy[0].contiguous(), s[0], s[1], s[2], s[3], s[4]);
@@ -216,6 +216,7 @@ struct Gate : torch::autograd::Function<Gate<kHeads>> {
     return op.call(x, mass);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
+    check_single_backward(kHeads ? "head_gate" : "gated_gelu");
     static auto op = find<GateBackwardOp>(kHeads ? "vimnas_ds::_head_gate_backward"
                                                  : "vimnas_ds::_gated_gelu_backward");
     const auto s = ctx->get_saved_variables();

@@ -13,7 +13,8 @@ struct Product {
 };
 
 // The products in their order; all `c` have as many rows. `after(first, count)` is then called for
-// ranges of rows that are complete, by the thread that made them; together they are all rows.
+// ranges of rows that are complete, where possible by the thread that made them; together they are
+// all rows.
 void multiply(c10::ArrayRef<Product> products,
               c10::function_ref<void(int64_t first, int64_t count)> after);
 void multiply(c10::ArrayRef<Product> products);

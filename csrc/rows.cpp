@@ -47,10 +47,12 @@ inline float exponential(float x) {
 template <class W>
 inline W gelu_of(W x, W& derivative) {
   constexpr W kTwice = W(1.5957691216057308), kCube = W(0.044715);  // 2 sqrt(2 / pi)
-  const W square = x * x;
-  const W s = 1 / (1 + exponential(-kTwice * x * (1 + kCube * square)));
-  derivative = s + x * s * (1 - s) * kTwice * (1 + 3 * kCube * square);
-  return x * s;
+  // beyond 20 the function is 0 or x to the last bit; NaN passes both comparisons
+  const W low = x < W(-20) ? W(-20) : x, t = low > W(20) ? W(20) : low;
+  const W square = t * t;
+  const W s = 1 / (1 + exponential(-kTwice * t * (1 + kCube * square)));
+  derivative = s + t * s * (1 - s) * kTwice * (1 + 3 * kCube * square);
+  return low * s;
 }
 
 template <class T>

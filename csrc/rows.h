@@ -11,7 +11,7 @@ namespace vimnas::rows {
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Masses, their products with weights, and statistics of the gated norm.
+// The vectors and numbers of a gated norm.
 template <class W>
 struct Norm {
   const W* share;   // mass / sum(mass)

@@ -1,6 +1,6 @@
 // Every operator of the namespace `vimnas_ds`, one schema each, and the Python module whose import
-// registers them. Names with a leading underscore are the kernels (CPU, CUDA, Meta); the others
-// add gradients and are what Python calls.
+// registers them. Names with a leading underscore are the kernels (CPU, CUDA, Meta; `_gelu` is
+// PyTorch's off the CPU); the others add gradients and are what Python calls.
 #include <Python.h>
 #include <torch/library.h>
 

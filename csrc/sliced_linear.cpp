@@ -17,6 +17,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "checks.h"
@@ -49,7 +50,7 @@ Tensor gelu_cpu(const Tensor& input) {
     // without a bias nothing is written to pre
     auto* const p = const_cast<scalar_t*>(pre.const_data_ptr<scalar_t>());
     scalar_t* const out = y.mutable_data_ptr<scalar_t>();
-    each_block(pre.numel() / cols, cols, [&](int64_t first, int64_t count) {
+    each_block(pre.numel() / std::max<int64_t>(1, cols), cols, [&](int64_t first, int64_t count) {
       rows::gelu(p + first * cols, nullptr, out + first * cols, count, cols);
     });
   });
@@ -213,6 +214,7 @@ struct SlicedLinear : torch::autograd::Function<SlicedLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    check_single_backward("sliced_linear");
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &pre = saved[2];
     const bool dx = ctx->needs_input_grad(0), dw = ctx->needs_input_grad(1),
@@ -254,6 +256,7 @@ struct SlicedMlp : torch::autograd::Function<SlicedMlp> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    check_single_backward("sliced_mlp");
     static auto gelu = find<Tensor(const Tensor&)>("vimnas_ds::_gelu");
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &w1 = saved[1], &w2 = saved[2], &pre = saved[3];
@@ -283,7 +286,7 @@ Tensor mlp_plain(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tens
   return mlp_forward(x, w1, b1, w2, b2, hidden, out_features, pre);
 }
 
-Tensor gelu_any(const Tensor& pre) { return at::gelu(pre, "tanh"); }
+Tensor gelu_any(const Tensor& pre) { return at::gelu(pre.contiguous(), "tanh"); }
 
 }  // namespace
 

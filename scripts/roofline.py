@@ -72,9 +72,11 @@ def linear(
     """`sliced_linear` and its backward; `whole`: elements of the full weight."""
     x, y, w, b = rows * width, groups * rows * out, groups * out * width, groups * out
     product = 2.0 * rows * groups * out * width
-    forward = BF16 * (x + w + b + y * (2 if gelu else 1))  # with GELU both sides of it are kept
+    forward = BF16 * (x + w + b + y * (2 if gelu else 1))  # with GELU both sides are written
     found = [Cost(f"{name} forward" + " + GELU" * gelu, forward, product, 12.0 * y * gelu)]
-    if gelu:  # one pass: dy and the pre-activation in, their product out, db on the way
+    if gelu:  # backward makes it again: the block keeps the pre-activations alone
+        found.append(Cost(f"{name} GELU again", BF16 * 2 * y, vector_flops=12.0 * y))
+        # one pass: dy and the pre-activation in, their product out, db on the way
         found.append(Cost(f"{name} dGELU + db", BF16 * 3 * y + FP32 * b, vector_flops=20.0 * y))
     else:
         found.append(Cost(f"{name} db", BF16 * y + FP32 * b, vector_flops=1.0 * y))

@@ -36,20 +36,24 @@ def available_memory() -> int:
     return max(free, 0)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 
 
 def keep_freed_memory() -> None:
     """Let this process reuse the memory that a training step frees, in large pages.
 
     By default glibc returns large freed blocks to the kernel, and the next step pays a page fault
-    for every 4 KiB of them again: a tenth of a CPU step (scripts/bench_step.py). To be called
-    before the first large tensor is made; does nothing off Linux's glibc.
+    for every 4 KiB of them again: a tenth of a CPU step (scripts/bench_step.py). The price is that
+    the process keeps its highest need, about a tenth more of it, to its end. To be called before
+    the first tensor of any size is made (torch reads the variable then); off Linux's glibc it does
+    nothing.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for 2 MiB and more
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        # older versions refuse more than 32 MiB
+        if libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25):
+            libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        libc.mallopt(_M_ARENA_MAX, 2)  # or every decoding thread keeps a heap of its own

@@ -234,12 +234,8 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& x, const Tensor& mass, const
 std::tuple<Tensor, Tensor> gated_norm_backward(const Tensor& dy, const Tensor& x,
                                                const Tensor& mass, const Tensor& weight,
                                                const Tensor& bias, const Tensor& stats) {
-  check_norm(x, mass, weight, bias);
-  check_gradient("gated_norm backward", dy, x);
+  check_norm_backward(dy, x, mass, weight, bias, stats);
   const int64_t cols = x.size(-1), rows = cols ? x.numel() / cols : 0;
-  TORCH_CHECK_VALUE(stats.numel() == 2 * rows && stats.scalar_type() == at::kFloat,
-                    "gated_norm backward: statistics ", stats.sizes(), " do not fit ", rows,
-                    " rows");
   TORCH_CHECK_VALUE(cols <= cuda::kMaxNormWidth, "a norm of ", cols, " channels is too wide");
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor upstream = dy.contiguous(), dense = x.contiguous(), m = mass.contiguous(),

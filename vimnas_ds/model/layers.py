@@ -38,18 +38,18 @@ class EntangledLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(groups * out_axis.size))
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    def forward_groups(self, x: Tensor, out_features: int, gelu: bool = False) -> list[Tensor]:
+    def forward_groups(self, x: Tensor, out_features: int) -> list[Tensor]:
         """x (..., i) -> one (..., out_features) per group."""
-        return sliced_linear(x, *self.grouped(), out_features, gelu)
+        return sliced_linear(x, *self.grouped(), out_features)
 
     def grouped(self) -> tuple[Tensor, Tensor]:
         """The parameters as the operators take them: weight (G, O, I), bias (G, O)."""
         o, i = self.out_axis.size, self.in_axis.size
         return self.weight.view(self.groups, o, i), self.bias.view(self.groups, o)
 
-    def forward(self, x: Tensor, out_features: int, gelu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, out_features: int) -> Tensor:
         """x (..., i) -> (..., out_features), for a layer of one group."""
-        (y,) = self.forward_groups(x, out_features, gelu)
+        (y,) = self.forward_groups(x, out_features)
         return y
 
     def forward_frozen(self, x: Tensor) -> Tensor:
