@@ -25,7 +25,7 @@ from tests.media import encode, numbered, numbers, section
 from vimnas_ds.config import DataSection, DatasetSection
 from vimnas_ds.data import index_file
 from vimnas_ds.data.bad import BadFile, DataMissing, UnfitIndex
-from vimnas_ds.data.catalog import scan_dataset
+from vimnas_ds.data.catalog import Sample, scan_dataset
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.encoded import read_encoded, read_indexed
 from vimnas_ds.data.index import open_index, video_facts
@@ -315,6 +315,18 @@ def test_files_with_odd_names_are_indexed_and_trained_on(tmp_path: Path) -> None
     data = open_datasets(joint(section(root, "video"), tmp_path))
     assert sum(len(data.splits["toy"][p]) for p in ("train", "alpha", "select")) == 4
     assert all(s.video is not None for part in data.splits["toy"].values() for s in part)
+
+
+def test_names_like_options_or_addresses_are_read_from_a_relative_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    samples = [Sample("pipe:0.mp4", 0), Sample("-y.mp4", 0)]
+    for sample in samples:
+        encode(tmp_path / sample.path, numbered(4))
+    files = FilePreparer("toy", section(Path(), "video"), samples, gpu=False)
+    for index in range(len(samples)):
+        assert numbers(files.evaluate(index, View())["frames"])[0] == 0
 
 
 # -- building ---------------------------------------------------------------------------------

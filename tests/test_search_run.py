@@ -55,7 +55,7 @@ def results(trained, folder) -> dict[str, dict]:
     """Both searches on one rank and on two. All data files' access times are set back before."""
     data = [p for p in (folder / "data").rglob("*") if p.is_file()]
     for file in data:
-        os.utime(file, (1, file.stat().st_mtime))
+        os.utime(file, ns=(1, file.stat().st_mtime_ns))  # an index notices the nanoseconds
     found = {
         "perturb": search("perturb_select.py", trained, folder / "p1"),
         "evolve": search("evolve.py", trained, folder / "e1", *BUDGET, *SMALL),

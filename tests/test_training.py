@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.runs import RESUME_AT, train
+from vimnas_ds.config import load_config
+from vimnas_ds.data.joint import open_datasets
 
 pytestmark = pytest.mark.slow
 
@@ -122,13 +125,17 @@ def test_a_run_is_never_mixed_with_an_older_one(folder, pair):
 
 
 def test_broken_videos_are_replaced_named_and_counted_and_too_many_stop_the_run(folder, tmp_path):
-    """On rank 1 as well as on rank 0, in training and in the log, and the run goes on."""
+    """Files that break after they were indexed, without a sign: on rank 1 as well as on rank 0, in
+    training and in the log, and the run goes on."""
     data = tmp_path / "k400"
     shutil.copytree(folder / "data" / "k400", data)
     clips = sorted((data / "train").rglob("*.mp4"))
+    values = ["vimnas.schedule.epochs=2", f"vimnas.data.k400.root={data}"]
+    values.append(f"vimnas.data.index_dir={tmp_path / 'indexes'}")
+    open_datasets(load_config(folder / "config.json", values).vimnas.data)
+    only = [word for value in values for word in ("--set", value)]
     for clip in clips[::20]:
-        clip.write_bytes(clip.read_bytes()[:200])
-    only = ["--set", "vimnas.schedule.epochs=2", "--set", f"vimnas.data.k400.root={data}"]
+        rot(clip)
     train(folder, "broken", *only, "--set", "vimnas.data.max_bad_share=0.5")
     log = (folder / "broken" / "train.log").read_text()
     named = set(re.findall(r"k400: (\S.*\.mp4) is unusable and (?:replaced|left out)", log))
@@ -139,9 +146,16 @@ def test_broken_videos_are_replaced_named_and_counted_and_too_many_stop_the_run(
     assert summary["samples_replaced"]["k400"] >= 1
     assert summary["samples_replaced"]["imagenet"] == 0
     for clip in clips:
-        clip.write_bytes(b"")
+        rot(clip)
     with pytest.raises(AssertionError, match=r"rank \d stopped: .*k400"):
         train(folder, "rotten", *only)
+
+
+def rot(file: Path) -> None:
+    """Blanks a file after its first bytes; size and time stay as the index knows them."""
+    before, content = file.stat(), file.read_bytes()
+    file.write_bytes(content[:200] + bytes(len(content) - 200))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def test_non_finite_steps_are_skipped_and_stop_the_run_after_the_set_number(folder):
