@@ -24,7 +24,7 @@ from vimnas_ds.config import DataSection, parse_config
 from vimnas_ds.data.ahead import Ahead, Wanted
 from vimnas_ds.data.bad import TooManyBadFiles
 from vimnas_ds.data.batches import Batch
-from vimnas_ds.data.capacity import plan_capacity
+from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, Sample
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.joint import JointData, Loaders
@@ -257,16 +257,16 @@ def test_a_file_that_turns_bad_is_replaced_by_the_next_and_counted_by_reason(
 
 
 def test_capacity_follows_cores_batch_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plan(free: int, workers: int, batch: int = 4, **changes: Any) -> Any:
+    def plan(free: int, workers: int, batch: int = 4, prefetch: int = 2) -> Capacity:
         monkeypatch.setattr("vimnas_ds.data.capacity.available_memory", lambda: free)
-        data = section(None, "video", frames=16, size=64, **changes)
-        recipe = DataSection(datasets={"clips": data}, workers=workers)
+        data = section(None, "video", frames=16, size=64)
+        recipe = DataSection(datasets={"clips": data}, workers=workers, prefetch=prefetch)
         return plan_capacity(recipe, [batch], 1, CPU)
 
     clip = 16 * 3 * 64 * 64
-    assert plan(2**40, 1).decoding == 2  # vimnas.data.prefetch
-    assert plan(2**40, 16).decoding == 5  # sixteen threads for batches of four
-    assert plan(2**40, 16, batch=64).decoding == 2
+    assert plan(2**40, 1).decoding == 8
+    assert plan(2**40, 1, prefetch=20).decoding == 20
+    assert plan(2**40, 16, batch=1).decoding == 17  # sixteen threads for batches of one
     short = plan(4 * 3 * 4 * clip * 5, 16)  # room for three in a quarter of it
     assert (short.decoding, short.ready, short.bytes) == (3, 3, 3 * 4 * clip * 5)
     assert plan(0, 16).decoding == 1

@@ -1,8 +1,11 @@
 """How many files are decoded at once and how many batches wait: from the machine, in advance.
 
     workers = cores of this process, 16 at most, or vimnas.data.workers
-    depth   = batches that keep every worker busy, vimnas.data.prefetch at least,
+    depth   = batches that keep every worker busy, 8 or vimnas.data.prefetch at least,
               as long as depth x (decoded + finished batch) fits a quarter of the free memory
+
+Clips cost many times what images cost and large sub-networks many times what small ones do: it
+takes several batches to even out which of loader and step is slower at the moment.
 
 A decoded clip has the size that the network sees, whatever the video's (see `decode`), so these
 bytes are known before a file is opened.
@@ -21,6 +24,8 @@ from vimnas_ds.processes import available_memory, cores_per_process, local_proce
 
 #: Share of the free memory of this process that batches ahead may take.
 SHARE = 0.25
+#: Batches ahead where nothing asks for more and memory allows it.
+DEPTH = 8
 #: An encoded image of ordinary size, in bytes.
 IMAGE_BYTES = 150_000
 #: Finished batches on a GPU lie in its memory: two are enough to never wait.
@@ -63,7 +68,7 @@ def plan_capacity(
     )
     gpu = device.type == "cuda"
     each = decoded + (0 if gpu else finished)
-    wanted = max(section.prefetch, math.ceil(workers / min(sizes)) + 1)
+    wanted = max(DEPTH, section.prefetch, math.ceil(workers / min(sizes)) + 1)
     depth = max(1, min(wanted, int(SHARE * free / each)))
     ready = min(depth, READY_ON_GPU) if gpu else depth
     return Capacity(workers, depth, ready, depth * each, free)
