@@ -232,7 +232,11 @@ class DataSection(Section):
         "is missing is built by the first run, see scripts/index_data.py",
     )
     workers: int | None = Field(None, ge=1, description="Decoding threads; null: from the machine")
-    prefetch: int = Field(2, ge=1, description="Batches decoded ahead, per dataset and split")
+    prefetch: int = Field(
+        2,
+        ge=1,
+        description="Batches decoded ahead at least; in training 8, fewer where memory is short",
+    )
     max_bad_share: Fraction = Field(
         0.05, description="Substituted samples above this share of a dataset stop the run"
     )
