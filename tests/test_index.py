@@ -12,9 +12,11 @@ import sys
 import threading
 import time
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,18 +26,22 @@ from tests.conftest import ROOT, SHARED_DATA
 from tests.media import encode, numbered, numbers, section
 from vimnas_ds.config import DataSection, DatasetSection
 from vimnas_ds.data import index_file
-from vimnas_ds.data.bad import BadFile, DataMissing, UnfitIndex
+from vimnas_ds.data.bad import BadAnnotations, BadFile, DataMissing, UnfitIndex
 from vimnas_ds.data.catalog import Sample, scan_dataset
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.encoded import read_encoded, read_indexed
+from vimnas_ds.data.imagenet import _synsets
 from vimnas_ds.data.index import open_index, video_facts
 from vimnas_ds.data.index_build import Built, build_index
 from vimnas_ds.data.index_file import Header, Row, read_rows, write_rows
 from vimnas_ds.data.joint import open_datasets
+from vimnas_ds.data.layouts import _inside
 from vimnas_ds.data.prepare import FilePreparer, View
 from vimnas_ds.data.probe import UNREADABLE, UNUSABLE, USABLE, Verdict, probe_file
 from vimnas_ds.data.probe_pool import ProbeLimits, probe_files
 from vimnas_ds.data.timeline import Timeline
+from vimnas_ds.data.view_decode import read_views
+from vimnas_ds.data.views import ViewPlan
 
 AWKWARD = SHARED_DATA / "awkward"
 LIMITS = ProbeLimits(workers=2)
@@ -230,14 +236,15 @@ def test_only_thorough_looks_find_an_image_that_breaks_off(tmp_path: Path) -> No
 
 
 def children() -> list[int]:
-    """This process's children, by their parent's number in /proc/PID/stat."""
+    """This process's probing children, by their parent's number in /proc/PID/stat."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
+            command = (stat.parent / "cmdline").read_bytes()
         except OSError:  # it has just ended
             continue
-        if int(fields[1]) == os.getpid() and fields[0] != "Z":
+        if int(fields[1]) == os.getpid() and fields[0] != "Z" and b"probe_worker" in command:
             found.append(int(stat.parent.name))
     return found
 
@@ -568,3 +575,47 @@ def test_an_empty_dataset_is_said_in_words(tmp_path: Path) -> None:
         (tmp_path / split / "a").mkdir(parents=True)
     with pytest.raises(DataMissing, match='no usable file in the split "train"'):
         open_datasets(joint(section(tmp_path), tmp_path))
+
+
+def test_frames_that_an_edit_list_hides_are_never_counted(tmp_path: Path) -> None:
+    whole, cut = encode(tmp_path / "whole.mp4", numbered(30)), tmp_path / "cut.mp4"
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        shift = round(0.6 / stream.time_base)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.stream = copy
+                target.mux(packet)
+    with av.open(str(cut)) as container:
+        shown = [f.time for f in container.decode(video=0)]
+    verdict = probe_file(cut, False)
+    assert verdict.state == USABLE, verdict.reason
+    assert verdict.timeline is not None
+    assert 15 < len(verdict.timeline.seconds()) == len(shown) < 30
+    assert verdict.container.startswith("cut ")
+    assert video_facts(verdict) is None
+    assert read_encoded(cut, 4, 5.0, 0.5) is None
+    plan = ViewPlan(clips=2)
+    views = read_views(cut, partial(plan.times, frames=4, fps=5.0))
+    seen = numbers(views.frames[views.order[0]])
+    assert seen == numbers(read_clip(cut, 4, 5.0, 0.0))
+    assert len(set(seen)) == 4
+
+
+def test_orders_sorted_by_wnid_are_not_taken_for_the_devkits(tmp_path: Path) -> None:
+    truth, synsets = tmp_path / "truth.txt", tmp_path / "synset_words.txt"
+    truth.write_text("1\n")
+    synsets.write_text("n01440764 tench\nn01443537 goldfish\nn01484850 shark\n")
+    dataset = section(tmp_path).model_copy(update={"synsets": synsets})
+    with pytest.raises(BadAnnotations, match=r"sorted by wnid .* not the devkit's order"):
+        _synsets("imagenet", dataset, tmp_path, truth)
+
+
+def test_listed_paths_have_one_form_and_stay_under_the_root(tmp_path: Path) -> None:
+    file = tmp_path / "list.csv"
+    assert _inside("k400", file, tmp_path, "./a/../v.mp4") == "v.mp4"
+    for path in ("../v.mp4", "a/../../v.mp4", "/v.mp4"):
+        with pytest.raises(BadAnnotations, match="does not lie under the root"):
+            _inside("k400", file, tmp_path, path)

@@ -325,3 +325,5 @@ if __name__ == "__main__":
     clipped()
     stock_adamw()
     agreement()
+    dist.barrier()
+    dist.destroy_process_group()  # or the first to leave takes the store from the others

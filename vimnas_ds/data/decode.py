@@ -138,29 +138,32 @@ def scan(
     container: av.container.InputContainer, stream: av.VideoStream, path: Path
 ) -> tuple[float, float]:
     """(time of the first frame, duration) in seconds from every packet's timestamp; rewinds."""
-    begins, end = packet_stamps(container, stream, path)
+    begins, end, _ = packet_stamps(container, stream, path)
     container.seek(0, backward=True)
     return begins[0], end - begins[0]
 
 
 def packet_stamps(
     container: av.container.InputContainer, stream: av.VideoStream, path: Path
-) -> tuple[list[float], float]:
-    """(sorted presentation times of all packets, end of the last one) in seconds.
+) -> tuple[list[float], float, bool]:
+    """(sorted presentation times of all shown packets, end of the last one) in seconds, and whether
+    an edit list hides others: they are decoded, as by a player, and not shown.
 
     Reads the file to its end without decoding it.
     """
     base = float(stream.time_base or 0)
     begins: set[float] = set()
-    end = -math.inf
+    end, hidden = -math.inf, False
     for packet in _until_error(container.demux(stream)):
         stamp = packet.dts if packet.pts is None else packet.pts
-        if stamp is not None and packet.size:
+        if packet.is_discard:
+            hidden = True
+        elif stamp is not None and packet.size:
             begins.add(stamp * base)
             end = max(end, (stamp + (packet.duration or 0)) * base)
     if not begins:
         raise BadVideo(str(path), "the video stream is empty")
-    return sorted(begins), end
+    return sorted(begins), end, hidden
 
 
 def _until_error(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:

@@ -2,8 +2,8 @@
 
 NVDEC counts frames, so the wanted times are turned into numbers with the timestamps of all packets
 (the index has them; without it one pass over the file and one decoded frame). What
-the GPU cannot be trusted with (rotated, 10-bit, AVI without timestamps, codecs it lacks) is left to
-PyAV: the answer is None.
+the GPU cannot be trusted with (rotated, 10-bit, AVI without timestamps, frames hidden by an edit
+list, codecs it lacks) is left to PyAV: the answer is None.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def read_encoded(path: Path, frames: int, fps: float, start: float) -> EncodedCl
         known = context.codec.canonical_name in GPU_CODECS and context.pix_fmt in GPU_PIXELS
         if not known or container.format.name == "avi":
             return None
-        begins, end = packet_stamps(container, stream, path)
+        begins, end, hidden = packet_stamps(container, stream, path)
+        if hidden:  # the GPU's decoder counts what an edit list hides
+            return None
         container.seek(0, backward=True)
         first = next(decoded_frames(container, stream, path), None)
         if first is None:

@@ -130,5 +130,14 @@ def _synsets(name: str, section: DatasetSection, root: Path, truth: Path) -> dic
         if not WNID.fullmatch(row[0]):
             raise BadAnnotations(f"{name}: {file}, line {k}: {row[0]!r} is not a wnid (n12345678)")
     if rows and all(len(row) > 1 and row[1].isdecimal() for row in rows):
+        if len({row[1] for row in rows}) < len(rows):
+            raise BadAnnotations(f"{name}: {file}: two wnids have one number")
         return {int(row[1]): row[0] for row in rows}
+    wnids = [row[0] for row in rows]
+    if len(wnids) > 2 and wnids == sorted(wnids):
+        raise BadAnnotations(
+            f"{name}: {file} is sorted by wnid (as LOC_synset_mapping.txt and synset_words.txt), "
+            "which is not the devkit's order; use its map_clsloc.txt, or LOC_val_solution.csv as "
+            "annotations"
+        )
     return {k: row[0] for k, row in enumerate(rows, start=1)}

@@ -6,6 +6,7 @@ the size and time it had. What changed is named together with the command that m
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -27,9 +28,8 @@ from vimnas_ds.data.index_file import (
     stored,
 )
 from vimnas_ds.data.listing import Sample, VideoFacts
-from vimnas_ds.data.probe import MISSING, USABLE, Verdict
+from vimnas_ds.data.probe import CUT, MISSING, UNREADABLE, USABLE, Verdict
 from vimnas_ds.data.probe_pool import ProbeLimits
-from vimnas_ds.processes import cores_per_process
 
 #: Keys of a dataset's section that decide what its listing is.
 LISTING_KEYS = ("kind", "layout", *LAYOUT_FILES, "train_split", "test_split")
@@ -69,7 +69,7 @@ def open_index(name: str, catalog: Catalog, section: DataSection, build: bool = 
                 count = len(catalog.train) + len(catalog.test)
                 say = f"{name}: no index at {file}; building it from {count:,} files"
                 print(say, file=sys.stderr, flush=True)  # noqa: T201
-                workers = section.workers or cores_per_process(1)
+                workers = section.workers or len(os.sched_getaffinity(0))  # other ranks wait
                 build_index(name, dataset, file, ProbeLimits(workers))
     header = read_header(file)
     _check_header(name, dataset, file, header)
@@ -129,8 +129,15 @@ def _check_files(name: str, file: Path, catalog: Catalog, rows: Mapping[str, Row
         verdict = rows[stored(path)].verdict
         if verdict.size >= 0 and now != (verdict.size, verdict.mtime):
             changed.append(path)
-    if changed:
-        raise _unfit(name, file, [], [_count("changed", changed)])
+    unread = [
+        path
+        for path in paths
+        if rows[stored(path)].verdict.state == UNREADABLE
+        and os.access(catalog.root / path, os.R_OK)
+    ]
+    reasons = [(changed, "changed"), (unread, "could not be read then and can be now")]
+    if any(found for found, _ in reasons):
+        raise _unfit(name, file, [], [_count(what, found) for found, what in reasons if found])
 
 
 def _count(what: str, paths: list[str]) -> str:
@@ -175,6 +182,7 @@ def video_facts(verdict: Verdict) -> VideoFacts | None:
     """What the GPU path needs; None for what it leaves to PyAV (see `encoded`)."""
     known = verdict.codec in GPU_CODECS and verdict.pixels in GPU_PIXELS
     upright = not verdict.rotation and not verdict.mirrored
-    if verdict.timeline is None or not known or not upright or verdict.container == "avi":
+    odd = verdict.container == "avi" or verdict.container.startswith(CUT)
+    if verdict.timeline is None or not known or not upright or odd:
         return None
     return VideoFacts(verdict.width, verdict.height, verdict.size, verdict.timeline)

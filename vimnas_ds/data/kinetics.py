@@ -118,10 +118,14 @@ def _rows(name: str, file: Path) -> Iterator[_Row]:
             f"{name}: {file} needs the columns {', '.join(sorted(COLUMNS))}; it has "
             f"{', '.join(sorted(columns)) or 'none'}"
         )
-    for line, row in enumerate(reader, start=2):
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise BadAnnotations(f"{name}: {file}, row {reader.line_num}: {error}") from error
+    for line, row in enumerate(rows, start=2):
         try:
             begin, end = (int(float(row[column])) for column in ("time_start", "time_end"))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise BadAnnotations(
                 f"{name}: {file}, row {line}: time_start and time_end must be seconds"
             ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -73,7 +74,10 @@ def list_csv(name: str, section: DatasetSection, root: Path) -> Listing:
             f"it has {', '.join(sorted(columns)) or 'none'}"
             f"{hint if 'youtube_id' in columns else ''}"
         )
-    rows = [(row["path"], row[column], row["split"]) for row in reader]
+    try:
+        rows = [(row["path"], row[column], row["split"]) for row in reader]
+    except csv.Error as error:
+        raise BadAnnotations(f"{name}: {file}, row {reader.line_num}: {error}") from error
     for line, row in enumerate(rows, start=2):
         if not all(row):
             raise BadAnnotations(f"{name}: {file}, row {line}: path, {column} or split is empty")
@@ -87,7 +91,11 @@ def list_csv(name: str, section: DatasetSection, root: Path) -> Listing:
         class_names = tuple(sorted(labels))
         number = {label: i for i, label in enumerate(class_names)}
     train, test = (
-        [Sample(path, number[label]) for path, label, of in rows if of == split]
+        [
+            Sample(_inside(name, file, root, path), number[label])
+            for path, label, of in rows
+            if of == split
+        ]
         for split in (section.train_split, section.test_split)
     )
     return _on_disk(name, file, root, class_names, train, test)
@@ -128,7 +136,7 @@ def _read_list(name: str, section: DatasetSection, root: Path, file: Path) -> It
         text = match["path"]
         if match.re is QUOTED:
             text = text.replace('""', '"')
-        path = PurePosixPath(prefix.as_posix(), text)
+        path = PurePosixPath(os.path.normpath(PurePosixPath(prefix.as_posix(), text)))
         if path.is_absolute():
             if not path.is_relative_to(base):
                 raise BadAnnotations(
@@ -138,7 +146,15 @@ def _read_list(name: str, section: DatasetSection, root: Path, file: Path) -> It
                     f"{name}.videos to a prefix for relative paths)"
                 )
             path = path.relative_to(base)
-        yield Sample(str(path), label)
+        yield Sample(_inside(name, file, root, str(path)), label)
+
+
+def _inside(name: str, file: Path, root: Path, path: str) -> str:
+    """One form of a listed path, relative to the root. Raises BadAnnotations if it leaves it."""
+    plain = os.path.normpath(path)
+    if os.path.isabs(plain) or plain.split("/")[0] == "..":  # noqa: PTH117 (a Path a file is slow)
+        raise BadAnnotations(f"{name}: {file}: {path!r} does not lie under the root {root}")
+    return plain
 
 
 def list_ssv2(name: str, section: DatasetSection, root: Path) -> Listing:

@@ -34,6 +34,10 @@ WINDOW = 1.0
 MAX_SIDE = 16384
 
 
+#: before the container's name: an edit list hides frames
+CUT = "cut "
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What probing one file found.
@@ -41,7 +45,8 @@ class Verdict:
     Attributes:
         state, reason: see `USABLE` and its neighbours; the reason is empty for usable files.
         size, mtime: of the file, in bytes and nanoseconds; -1 if unknown.
-        container, codec, pixels: FFmpeg's (or Pillow's) names.
+        container, codec, pixels: FFmpeg's (or Pillow's) names; `CUT` before the container's if an
+            edit list hides frames.
         width, height: of the upright picture, in pixels.
         rotation, mirrored: clockwise degrees that turn the stored picture upright, after mirroring
             it left to right if `mirrored`.
@@ -114,7 +119,7 @@ def _probe_video(path: Path, size: int, mtime: int) -> Verdict:
         context = stream.codec_context
         if max(context.width, context.height) > MAX_SIDE:
             raise BadVideo(str(path), "a picture too large to decode")
-        timeline = _timeline(container, stream, path)
+        timeline, hidden = _timeline(container, stream, path)
         container.seek(0, backward=True)
         first = next(decoded_frames(container, stream, path), None)
         if first is None:
@@ -128,7 +133,7 @@ def _probe_video(path: Path, size: int, mtime: int) -> Verdict:
             "",
             size,
             mtime,
-            container.format.name,
+            CUT * hidden + container.format.name,
             context.codec.canonical_name,
             context.pix_fmt or "",
             frame.height if transpose else frame.width,
@@ -142,11 +147,12 @@ def _probe_video(path: Path, size: int, mtime: int) -> Verdict:
 
 def _timeline(
     container: av.container.InputContainer, stream: av.VideoStream, path: Path
-) -> Timeline:
-    """Presentation times of all packets, to the first place that cannot be read."""
+) -> tuple[Timeline, bool]:
+    """Presentation times of all shown packets, to the first place that cannot be read, and whether
+    an edit list hides others."""
     base = stream.time_base or Fraction(1, av.time_base)
     ticks: set[int] = set()
-    end = -(2**63)
+    end, hidden = -(2**63), False
     packets = container.demux(stream)
     while True:
         try:
@@ -154,13 +160,15 @@ def _timeline(
         except (StopIteration, FFmpegError):
             break
         stamp = packet.dts if packet.pts is None else packet.pts
-        if stamp is not None and packet.size:
+        if packet.is_discard:
+            hidden = True
+        elif stamp is not None and packet.size:
             ticks.add(stamp)
             end = max(end, stamp + (packet.duration or 0))
     if not ticks:
         raise BadVideo(str(path), "the video stream is empty")
     try:
-        return Timeline.pack(sorted(ticks), end, base)
+        return Timeline.pack(sorted(ticks), end, base), hidden
     except ValueError as error:
         raise BadVideo(str(path), str(error)) from error
 

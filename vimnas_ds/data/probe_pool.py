@@ -104,7 +104,7 @@ class _Worker:
         if not self.given:
             self.alive = self.done < LIFETIME
             return None
-        if ready:
+        if ready or self.answers.poll():  # it may have answered since
             try:
                 message = self.answers.recv_bytes()
             except (EOFError, OSError):

@@ -89,6 +89,8 @@ def read_encoded_views(path: Path, times: Times) -> EncodedViews | None:
         if not known or container.format.name == "avi":
             return None
         stamps = _Timestamps(container, path)
+        if stamps.hidden:
+            return None
         container.seek(0, backward=True)
         first = next(decoded_frames(container, stream, path), None)
         if first is None:
@@ -114,7 +116,7 @@ class _Timestamps:
         base = float(stream.time_base or 0)
         begins: set[float] = set()
         keys: set[float] = set()
-        self.end = -math.inf
+        self.end, self.hidden = -math.inf, False
         packets = container.demux(stream)
         while True:
             try:
@@ -122,6 +124,9 @@ class _Timestamps:
             except (StopIteration, FFmpegError):
                 break
             stamp = packet.dts if packet.pts is None else packet.pts
+            if packet.is_discard:  # hidden by an edit list: decoded, never shown
+                self.hidden = True
+                continue
             if stamp is None or not packet.size:
                 continue
             begins.add(stamp * base)

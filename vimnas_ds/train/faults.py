@@ -34,16 +34,16 @@ class FaultReport:
         self.replaced, self.slow_batches, self.reasons = {}, {}, {}
         for rank, (replaced, skipped, counts, slow, reasons) in enumerate(gather_objects(mine)):
             for what, found in (("replaced", replaced), ("left out", skipped)):
-                for dataset, reasons in found.items():
-                    for path, reason in reasons.items():
+                for dataset, files in found.items():
+                    for path, reason in files.items():
                         self._name(rank, what, dataset, path, reason)
             for totals, part in ((self.replaced, counts), (self.slow_batches, slow)):
                 for dataset, count in part.items():
                     totals[dataset] = totals.get(dataset, 0) + count
-            for dataset, found in reasons.items():
-                self.reasons.setdefault(dataset, Counter()).update(found)
-        for dataset, found in self.reasons.items():
-            self._board.fault_reasons(step, dataset, found)
+            for dataset, counted in reasons.items():
+                self.reasons.setdefault(dataset, Counter()).update(counted)
+        for dataset, counted in self.reasons.items():
+            self._board.fault_reasons(step, dataset, counted)
         for dataset, count in self.replaced.items():
             self._board.faults(step, dataset, count, self.slow_batches.get(dataset, 0))
 
