@@ -28,6 +28,7 @@ from vimnas_ds.data.bad import BadVideo
 from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.loader import EvalLoader
+from vimnas_ds.data.packets import packet_times
 from vimnas_ds.data.pipelines import Source
 from vimnas_ds.data.prepare import View
 from vimnas_ds.data.view_decode import read_encoded_views, read_views
@@ -145,9 +146,9 @@ def test_a_long_gap_is_skipped_by_a_seek_and_one_without_a_key_frame_is_decoded(
     for name, gop, runs in (("a.mp4", "12", 2), ("b.mp4", "999", 1)):
         path = encode(tmp_path / name, frames, g=gop, keyint_min=gop, sc_threshold="0")
         with view_decode.open_video(path) as container:
-            stamps = view_decode._Timestamps(container, path)
-        wanted, _ = view_decode._merged(plan, stamps)
-        found = view_decode._runs(wanted, stamps.keys)
+            packets = packet_times(container, path)
+        wanted, _ = view_decode._merged(plan, packets)
+        found = view_decode._runs(wanted, packets)
         assert [r.seek is not None for r in found] == [False, True][:runs]
         views = read_views(path, plan)
         assert [numbers(views.frames[o]) for o in views.order] == [[0, 1], [32, 33]]

@@ -145,6 +145,9 @@ def test_broken_videos_are_replaced_named_and_counted_and_too_many_stop_the_run(
     summary = json.loads((folder / "broken" / "summary.json").read_text())
     assert summary["samples_replaced"]["k400"] >= 1
     assert summary["samples_replaced"]["imagenet"] == 0
+    reasons = summary["replaced_by_reason"]["k400"]
+    assert sum(reasons.values()) >= 1
+    assert all(f": {reason}" in log for reason in reasons)
     for clip in clips:
         rot(clip)
     with pytest.raises(AssertionError, match=r"rank \d stopped: .*k400"):

@@ -27,8 +27,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Confusion:
-    """counts: int64 (C, C), [true, predicted]; top5: int64 (C,), samples of each class whose label
-    is among the five most probable classes (all of them, if there are fewer)."""
+    """counts: int64 (C, C), [true, predicted]; top5_hits: int64 (C,), samples of each class whose
+    label is among the five most probable classes (all of them, if there are fewer)."""
 
     counts: Tensor
     top5_hits: Tensor

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from vimnas_ds.data.bad import BadVideo
 from vimnas_ds.data.convert import Converter
+from vimnas_ds.data.packets import packet_times, until_error
 from vimnas_ds.data.sampling import Cut, frame_times
 from vimnas_ds.data.skip import Inexact, Skipper
 
@@ -67,7 +68,7 @@ def read_clip(
         return clip
     with open_video(path) as container:  # the header or the index was wrong
         stream = container.streams.video[0]
-        first, duration = scan(container, stream, path)
+        first, duration = scan(container, path)
         times = first + frame_times(duration, frames, fps, start)
         clip = _read(container, stream, path, times, None, cut, seek=False, skip=False)
     if clip is None:
@@ -88,7 +89,7 @@ def _read_promised(
         stream = container.streams.video[0]
         first, duration = _header(container, stream)
         if duration is None:
-            first, duration = scan(container, stream, path)
+            first, duration = scan(container, path)
         times = frame_times(duration, frames, fps, start)
         skip = skip and Skipper.suits(container, stream)
         end, seek = first + duration, bool(times[0] > 0)
@@ -134,46 +135,11 @@ def _header(
     return first, duration if credible else None
 
 
-def scan(
-    container: av.container.InputContainer, stream: av.VideoStream, path: Path
-) -> tuple[float, float]:
+def scan(container: av.container.InputContainer, path: Path) -> tuple[float, float]:
     """(time of the first frame, duration) in seconds from every packet's timestamp; rewinds."""
-    begins, end, _ = packet_stamps(container, stream, path)
+    found = packet_times(container, path)
     container.seek(0, backward=True)
-    return begins[0], end - begins[0]
-
-
-def packet_stamps(
-    container: av.container.InputContainer, stream: av.VideoStream, path: Path
-) -> tuple[list[float], float, bool]:
-    """(sorted presentation times of all shown packets, end of the last one) in seconds, and whether
-    an edit list hides others: they are decoded, as by a player, and not shown.
-
-    Reads the file to its end without decoding it.
-    """
-    base = float(stream.time_base or 0)
-    begins: set[float] = set()
-    end, hidden = -math.inf, False
-    for packet in _until_error(container.demux(stream)):
-        stamp = packet.dts if packet.pts is None else packet.pts
-        if packet.is_discard:
-            hidden = True
-        elif stamp is not None and packet.size:
-            begins.add(stamp * base)
-            end = max(end, (stamp + (packet.duration or 0)) * base)
-    if not begins:
-        raise BadVideo(str(path), "the video stream is empty")
-    return sorted(begins), end, hidden
-
-
-def _until_error(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
-    """Packets up to the first place where the container cannot be read (a truncated file)."""
-    while True:
-        try:
-            packet = next(packets)
-        except (StopIteration, FFmpegError):
-            return
-        yield packet
+    return found.begins[0], found.duration
 
 
 def _read(
@@ -244,7 +210,7 @@ def decoded_frames(
     """
     base, by_dts = float(stream.time_base or 0), container.format.name == "avi"
     time, errors = -math.inf, 0
-    packets = _until_error(container.demux(stream))
+    packets = until_error(container.demux(stream))
     for packet in packets if skipper is None else skipper.watch(packets):
         try:
             decoded = packet.decode()

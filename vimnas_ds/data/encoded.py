@@ -11,13 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import numpy as np
 from numpy.typing import NDArray
 
 from vimnas_ds.data.bad import BadVideo
 from vimnas_ds.data.convert import orientation
-from vimnas_ds.data.decode import TOLERANCE, decoded_frames, open_video, packet_stamps
+from vimnas_ds.data.decode import TOLERANCE, decoded_frames, open_video
 from vimnas_ds.data.listing import VideoFacts
+from vimnas_ds.data.packets import PacketTimes, packet_times
 from vimnas_ds.data.sampling import frame_times
 
 GPU_CODECS = frozenset("h264 hevc vp8 vp9 av1".split())
@@ -57,24 +59,33 @@ def read_encoded(path: Path, frames: int, fps: float, start: float) -> EncodedCl
     Args and errors as `decode.read_clip`.
     """
     with open_video(path) as container:
-        stream = container.streams.video[0]
-        context = stream.codec_context
-        known = context.codec.canonical_name in GPU_CODECS and context.pix_fmt in GPU_PIXELS
-        if not known or container.format.name == "avi":
+        found = countable(container, path)
+        if found is None:
             return None
-        begins, end, hidden = packet_stamps(container, stream, path)
-        if hidden:  # the GPU's decoder counts what an edit list hides
-            return None
-        container.seek(0, backward=True)
-        first = next(decoded_frames(container, stream, path), None)
-        if first is None:
-            raise BadVideo(str(path), "no frame can be decoded")
-        frame = first[0]
-        if any(orientation(frame)):
-            return None
-        chosen = _numbers(np.array(begins), end - begins[0], frames, fps, start)
+        times, frame = found
+        chosen = _numbers(np.array(times.begins), times.duration, frames, fps, start)
         data = np.fromfile(path, np.uint8)
     return EncodedClip(data, chosen, frame.width, frame.height)
+
+
+def countable(
+    container: av.container.InputContainer, path: Path
+) -> tuple[PacketTimes, av.VideoFrame] | None:
+    """The times of all frames and the first one; None if the GPU's decoder cannot be trusted to
+    decode and count them."""
+    stream = container.streams.video[0]
+    context = stream.codec_context
+    known = context.codec.canonical_name in GPU_CODECS and context.pix_fmt in GPU_PIXELS
+    if not known or container.format.name == "avi":
+        return None
+    times = packet_times(container, path)
+    if times.hidden:  # it would count what the edit list hides
+        return None
+    container.seek(0, backward=True)
+    first = next(decoded_frames(container, stream, path), None)
+    if first is None:
+        raise BadVideo(str(path), "no frame can be decoded")
+    return None if any(orientation(first[0])) else (times, first[0])
 
 
 def _numbers(

@@ -18,7 +18,6 @@ from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, scan_dataset
 from vimnas_ds.data.index import open_index
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
-from vimnas_ds.data.prepare import View
 from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog
 from vimnas_ds.processes import cores_per_process
 
@@ -165,9 +164,9 @@ class Loaders:
             )
         return self._training[key]
 
-    def evaluation(self, name: str, split: str, batch: int, view: View | None = None) -> EvalLoader:
-        """A fresh pass over a dataset's `select` or `test` split, seen from `view` (default: the
-        centre); the caller closes it."""
+    def evaluation(self, name: str, split: str, batch: int) -> EvalLoader:
+        """A fresh pass over a dataset's `select` or `test` split, central views; the caller closes
+        it."""
         return EvalLoader(
             name,
             self.data.section.datasets[name],
@@ -177,7 +176,6 @@ class Loaders:
             batch,
             self.device,
             self.pool,
-            view,
             threads=self.workers,
         )
 

@@ -185,7 +185,9 @@ def list_ssv2(name: str, section: DatasetSection, root: Path) -> Listing:
             label = str(entry["template"]).replace("[", "").replace("]", "")
             if label not in number:
                 raise BadAnnotations(f"{name}: {file}: the label {label!r} is not in labels.json")
-            yield Sample(f"{videos}/{entry['id']}.webm", number[label])
+            if "/" in (video := str(entry["id"])):
+                raise BadAnnotations(f"{name}: {file}: entry {place} has the id {video!r}")
+            yield Sample(f"{videos}/{video}.webm", number[label])
 
     train = list(samples(folder / "train.json"))
     test = list(samples(folder / "validation.json"))

@@ -63,26 +63,28 @@ def build_train_pipeline(
         x = _cropped(source, device)
         size = [section.size, section.size]
         if source == "nvdec":  # the decoder gives whole frames: crop and resize are one step
-            top_left = fn.cast(_input("anchor", 1, types.INT32), dtype=types.FLOAT)
-            extent = fn.cast(_input("extent", 1, types.INT32), dtype=types.FLOAT)
+            top_left = fn.cast(graph_input("anchor", 1, types.INT32), dtype=types.FLOAT)
+            extent = fn.cast(graph_input("extent", 1, types.INT32), dtype=types.FLOAT)
             x = fn.resize(x, size=size, roi_start=top_left, roi_end=top_left + extent)
         elif source == "image":
             x = fn.resize(x, size=size)
         if augment is not None:
-            ops, bins, signs = (_input(name, 1, types.INT32) for name in ("ops", "bins", "signs"))
+            ops, bins, signs = (
+                graph_input(name, 1, types.INT32) for name in ("ops", "bins", "signs")
+            )
             x = apply_operations(x, ops, bins, signs, augment.n, section.size)
-        x = _normalised(x, section, mirror=_input("flip", 0, types.INT32))
+        x = normalised(x, section, mirror=graph_input("flip", 0, types.INT32))
         if section.random_erasing:
             x = fn.erase(
                 x,
-                anchor=_input("erase_anchor", 1, types.FLOAT),
-                shape=_input("erase_extent", 1, types.FLOAT),
+                anchor=graph_input("erase_anchor", 1, types.FLOAT),
+                shape=graph_input("erase_extent", 1, types.FLOAT),
                 axis_names="HW",
                 fill_value=0,
             )
         return x
 
-    return _build(graph, batch, device, threads, device_id)
+    return assemble(graph, batch, device, threads, device_id)
 
 
 def build_eval_pipeline(
@@ -101,46 +103,52 @@ def build_eval_pipeline(
 
     @pipeline_def
     def graph() -> DataNode:
-        if source == "image":
-            encoded = _input("encoded", 1, types.UINT8)
-            x = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu")
-        else:
-            x = _cropped(source, device)
+        x = whole_pictures(source, device)
         if source != "frames":
             x = fn.resize(x, resize_shorter=section.test_resize)
-        place = _input("place", 1, types.FLOAT)
-        return _normalised(x, section, crop=(place[0], place[1]))
+        place = graph_input("place", 1, types.FLOAT)
+        return normalised(x, section, crop=(place[0], place[1]))
 
-    return _build(graph, batch, device, threads, device_id)
+    return assemble(graph, batch, device, threads, device_id)
 
 
-def _input(name: str, ndim: int, dtype: types.DALIDataType, layout: str | None = None) -> DataNode:
+def graph_input(
+    name: str, ndim: int, dtype: types.DALIDataType, layout: str | None = None
+) -> DataNode:
+    """What `Graph.run` is fed with under this name, one array a sample."""
     # no_copy: `Graph.run` holds the arrays until the batch is done
     return fn.external_source(name=name, ndim=ndim, dtype=dtype, layout=layout, no_copy=True)
 
 
 def _cropped(source: Source, device: Device) -> DataNode:
     """HWC images or FHWC clips: cropped, except for nvdec."""
-    if source == "frames":
-        x = _input("frames", 4, types.UINT8, "FHWC")
-        return x.gpu() if device == "gpu" else x
-    encoded = _input("encoded", 1, types.UINT8)
-    decoder = "mixed" if device == "gpu" else "cpu"
-    if source == "nvdec":
-        numbers = _input("numbers", 1, types.INT32)
-        return fn.decoders.video(encoded, frames=numbers, device=decoder, pad_mode="edge")
+    if source != "image":
+        return whole_pictures(source, device)
     return fn.decoders.image_slice(
-        encoded,
-        _input("anchor", 1, types.INT32),
-        _input("extent", 1, types.INT32),
+        graph_input("encoded", 1, types.UINT8),
+        graph_input("anchor", 1, types.INT32),
+        graph_input("extent", 1, types.INT32),
         normalized_anchor=False,
         normalized_shape=False,
         axis_names="HW",
-        device=decoder,
+        device="mixed" if device == "gpu" else "cpu",
     )
 
 
-def _normalised(
+def whole_pictures(source: Source, device: Device) -> DataNode:
+    """HWC images or FHWC clips as they are."""
+    if source == "frames":
+        x = graph_input("frames", 4, types.UINT8, "FHWC")
+        return x.gpu() if device == "gpu" else x
+    encoded = graph_input("encoded", 1, types.UINT8)
+    decoder = "mixed" if device == "gpu" else "cpu"
+    if source == "image":
+        return fn.decoders.image(encoded, device=decoder)
+    numbers = graph_input("numbers", 1, types.INT32)
+    return fn.decoders.video(encoded, frames=numbers, device=decoder, pad_mode="edge")
+
+
+def normalised(
     x: DataNode,
     section: DatasetSection,
     mirror: DataNode | int = 0,
@@ -165,9 +173,10 @@ def _normalised(
     )
 
 
-def _build(
+def assemble(
     graph: Callable[..., Pipeline], batch: int, device: Device, threads: int, device_id: int | None
 ) -> Pipeline:
+    """A `pipeline_def` function as a pipeline for `Graph`."""
     return graph(
         batch_size=batch,
         num_threads=threads,

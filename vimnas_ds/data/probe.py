@@ -12,10 +12,8 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import av
 from av.error import FFmpegError
 from PIL import Image
 
@@ -23,6 +21,7 @@ from vimnas_ds.data.bad import BadFile, BadVideo
 from vimnas_ds.data.convert import orientation
 from vimnas_ds.data.decode import decoded_frames, open_video
 from vimnas_ds.data.images import EXIF_ORIENTATION, read_image
+from vimnas_ds.data.packets import PacketTimes, packet_times
 from vimnas_ds.data.timeline import Timeline
 
 #: States of an index row. "unreadable" may pass (permissions, a network file system, a time limit):
@@ -119,7 +118,8 @@ def _probe_video(path: Path, size: int, mtime: int) -> Verdict:
         context = stream.codec_context
         if max(context.width, context.height) > MAX_SIDE:
             raise BadVideo(str(path), "a picture too large to decode")
-        timeline, hidden = _timeline(container, stream, path)
+        times = packet_times(container, path)
+        timeline = _packed(times, path)
         container.seek(0, backward=True)
         first = next(decoded_frames(container, stream, path), None)
         if first is None:
@@ -133,7 +133,7 @@ def _probe_video(path: Path, size: int, mtime: int) -> Verdict:
             "",
             size,
             mtime,
-            CUT * hidden + container.format.name,
+            CUT * times.hidden + container.format.name,
             context.codec.canonical_name,
             context.pix_fmt or "",
             frame.height if transpose else frame.width,
@@ -145,30 +145,9 @@ def _probe_video(path: Path, size: int, mtime: int) -> Verdict:
         )
 
 
-def _timeline(
-    container: av.container.InputContainer, stream: av.VideoStream, path: Path
-) -> tuple[Timeline, bool]:
-    """Presentation times of all shown packets, to the first place that cannot be read, and whether
-    an edit list hides others."""
-    base = stream.time_base or Fraction(1, av.time_base)
-    ticks: set[int] = set()
-    end, hidden = -(2**63), False
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-        except (StopIteration, FFmpegError):
-            break
-        stamp = packet.dts if packet.pts is None else packet.pts
-        if packet.is_discard:
-            hidden = True
-        elif stamp is not None and packet.size:
-            ticks.add(stamp)
-            end = max(end, stamp + (packet.duration or 0))
-    if not ticks:
-        raise BadVideo(str(path), "the video stream is empty")
+def _packed(times: PacketTimes, path: Path) -> Timeline:
     try:
-        return Timeline.pack(sorted(ticks), end, base), hidden
+        return Timeline.pack(times.ticks, times.end, times.base)
     except ValueError as error:
         raise BadVideo(str(path), str(error)) from error
 

@@ -27,9 +27,10 @@ from av.error import FFmpegError
 from numpy.typing import NDArray
 
 from vimnas_ds.data.bad import BadVideo
-from vimnas_ds.data.convert import Converter, orientation
+from vimnas_ds.data.convert import Converter
 from vimnas_ds.data.decode import TOLERANCE, Pixels, decoded_frames, open_video
-from vimnas_ds.data.encoded import GPU_CODECS, GPU_PIXELS
+from vimnas_ds.data.encoded import countable
+from vimnas_ds.data.packets import PacketTimes, packet_times
 from vimnas_ds.data.sampling import Cut
 
 #: A seek costs a flush of the decoder: frames over fewer seconds are cheaper to decode.
@@ -64,9 +65,9 @@ def read_views(path: Path, times: Times, cut: Callable[[int, int], Cut] | None =
         BadVideo: not a video, encrypted, corrupt or without frames.
     """
     with open_video(path) as container:
-        stamps = _Timestamps(container, path)
-        wanted, inverse = _merged(times, stamps)
-        frames = _decode(container, path, wanted, _runs(wanted, stamps.keys), cut)
+        packets = packet_times(container, path)
+        wanted, inverse = _merged(times, packets)
+        frames = _decode(container, path, wanted, _runs(wanted, packets), cut)
         if frames is not None:
             return Views(frames.pictures, frames.shown[inverse])
     with open_video(path) as container:  # a seek went astray
@@ -83,65 +84,22 @@ def read_encoded_views(path: Path, times: Times) -> EncodedViews | None:
         BadVideo: as for `read_views`.
     """
     with open_video(path) as container:
-        stream = container.streams.video[0]
-        context = stream.codec_context
-        known = context.codec.canonical_name in GPU_CODECS and context.pix_fmt in GPU_PIXELS
-        if not known or container.format.name == "avi":
+        known = countable(container, path)
+        if known is None:
             return None
-        stamps = _Timestamps(container, path)
-        if stamps.hidden:
-            return None
-        container.seek(0, backward=True)
-        first = next(decoded_frames(container, stream, path), None)
-        if first is None:
-            raise BadVideo(str(path), "no frame can be decoded")
-        if any(orientation(first[0])):
-            return None
-        wanted, inverse = _merged(times, stamps)
-        found = np.maximum(np.searchsorted(stamps.begins, wanted, side="right") - 1, 0)
+        packets, first = known
+        wanted, inverse = _merged(times, packets)
+        found = np.maximum(np.searchsorted(packets.begins, wanted, side="right") - 1, 0)
         numbers, shown = np.unique(found, return_inverse=True)
         data = np.fromfile(path, np.uint8)
     order = shown.astype(np.int32)[inverse]
-    return EncodedViews(data, numbers.astype(np.int32), order, first[0].width, first[0].height)
+    return EncodedViews(data, numbers.astype(np.int32), order, first.width, first.height)
 
 
-class _Timestamps:
-    """Sorted presentation times of all packets and of the key frames, and the end, in seconds.
-
-    Reads to the end of the file, or to where it is truncated; leaves the file there.
-    """
-
-    def __init__(self, container: av.container.InputContainer, path: Path) -> None:
-        stream = container.streams.video[0]
-        base = float(stream.time_base or 0)
-        begins: set[float] = set()
-        keys: set[float] = set()
-        self.end, self.hidden = -math.inf, False
-        packets = container.demux(stream)
-        while True:
-            try:
-                packet = next(packets)
-            except (StopIteration, FFmpegError):
-                break
-            stamp = packet.dts if packet.pts is None else packet.pts
-            if packet.is_discard:  # hidden by an edit list: decoded, never shown
-                self.hidden = True
-                continue
-            if stamp is None or not packet.size:
-                continue
-            begins.add(stamp * base)
-            if packet.is_keyframe:
-                keys.add(stamp * base)
-            self.end = max(self.end, (stamp + (packet.duration or 0)) * base)
-        if not begins:
-            raise BadVideo(str(path), "the video stream is empty")
-        self.begins, self.keys = sorted(begins), sorted(keys)
-
-
-def _merged(times: Times, stamps: _Timestamps) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _merged(times: Times, packets: PacketTimes) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(all wanted stream times, sorted and distinct; where each clip finds its own: (clips, T))."""
-    first = stamps.begins[0]
-    clips = times(stamps.end - first)
+    first = packets.begins[0]
+    clips = times(packets.duration)
     wanted, inverse = np.unique(first + clips + TOLERANCE, return_inverse=True)
     return wanted, inverse.reshape(clips.shape)
 
@@ -154,8 +112,9 @@ class _Run(NamedTuple):
     seek: float | None
 
 
-def _runs(wanted: NDArray[np.float64], keys: list[float]) -> list[_Run]:
+def _runs(wanted: NDArray[np.float64], packets: PacketTimes) -> list[_Run]:
     """A new run wherever a key frame lets the decoder skip `WORTH_A_SEEK` seconds and more."""
+    keys = [tick * float(packets.base) for tick in packets.keys]
     starts: list[tuple[int, float | None]] = []
     reached = keys[0] if keys else math.inf  # decoded up to here before wanted[i]
     for i, time in enumerate(wanted.tolist()):

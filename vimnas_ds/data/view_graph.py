@@ -13,7 +13,14 @@ from nvidia.dali import Pipeline, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
 from vimnas_ds.config import DatasetSection
-from vimnas_ds.data.pipelines import MEAN, STD, Device, Source
+from vimnas_ds.data.pipelines import (
+    Device,
+    Source,
+    assemble,
+    graph_input,
+    normalised,
+    whole_pictures,
+)
 from vimnas_ds.data.views import ViewPlan
 
 
@@ -34,55 +41,22 @@ def build_view_pipeline(
     (crops, 2).
     """
 
-    @pipeline_def(
-        batch_size=batch,
-        num_threads=threads,
-        device_id=(device_id or 0) if device == "gpu" else None,
-        prefetch_queue_depth=1,
-        exec_dynamic=device == "gpu",
-    )
+    @pipeline_def
     def graph() -> DataNode:
-        x = _decoded(source, device)
+        x = whole_pictures(source, device)
         if source != "frames":
             x = fn.resize(x, resize_shorter=section.test_resize)
         if section.is_image:
             clips = [x]
         else:
-            order = _input("order", 2, types.INT32)
+            order = graph_input("order", 2, types.INT32)
             clips = [fn.sequence_rearrange(x, new_order=order[i]) for i in range(plan.clips)]
-        places = _input("places", 2, types.FLOAT)
+        places = graph_input("places", 2, types.FLOAT)
         views = [
-            fn.crop_mirror_normalize(
-                clip,
-                dtype=types.FLOAT,
-                output_layout="CHW" if section.is_image else "CFHW",
-                mean=list(MEAN),
-                std=list(STD),
-                crop=(section.size, section.size),
-                crop_pos_y=places[i, 0],
-                crop_pos_x=places[i, 1],
-            )
+            normalised(clip, section, crop=(places[i, 0], places[i, 1]))
             for clip in clips
             for i in range(plan.crops)
         ]
         return fn.stack(*views)
 
-    return graph()
-
-
-def _input(name: str, ndim: int, dtype: types.DALIDataType, layout: str | None = None) -> DataNode:
-    # no_copy: `Graph.run` holds the arrays until the batch is done
-    return fn.external_source(name=name, ndim=ndim, dtype=dtype, layout=layout, no_copy=True)
-
-
-def _decoded(source: Source, device: Device) -> DataNode:
-    """HWC images, or the distinct frames of videos, FHWC."""
-    if source == "frames":
-        x = _input("frames", 4, types.UINT8, "FHWC")
-        return x.gpu() if device == "gpu" else x
-    encoded = _input("encoded", 1, types.UINT8)
-    decoder = "mixed" if device == "gpu" else "cpu"
-    if source == "image":
-        return fn.decoders.image(encoded, device=decoder)
-    numbers = _input("numbers", 1, types.INT32)
-    return fn.decoders.video(encoded, frames=numbers, device=decoder, pad_mode="edge")
+    return assemble(graph, batch, device, threads, device_id)
