@@ -619,3 +619,16 @@ def test_listed_paths_have_one_form_and_stay_under_the_root(tmp_path: Path) -> N
     for path in ("../v.mp4", "a/../../v.mp4", "/v.mp4"):
         with pytest.raises(BadAnnotations, match="does not lie under the root"):
             _inside("k400", file, tmp_path, path)
+
+
+def test_a_file_that_could_not_be_read_is_asked_for_once_it_can_be(tmp_path: Path) -> None:
+    dataset = pictures(tmp_path / "data")
+    target, link = tmp_path / "late.png", tmp_path / "data" / "train" / "a" / "9.png"
+    link.symlink_to(target)
+    build(dataset, tmp_path)
+    data = joint(dataset, tmp_path)
+    catalog = scan_dataset("toy", dataset)
+    assert list(open_index("toy", catalog, data).unusable) == ["train/a/9.png"]
+    Image.new("RGB", (8, 6)).save(target)
+    with pytest.raises(UnfitIndex, match=r"1 file could not be read then and can be now .*9\.png"):
+        open_index("toy", catalog, data)

@@ -147,6 +147,9 @@ def test_csv_and_ssv2_duplicates_and_labels_outside_the_head_are_refused(tmp_pat
         (labels / name).write_text(json.dumps(entry))
     with pytest.raises(BadAnnotations, match=r"v2/7\.webm stands there twice"):
         scan_dataset("ssv2", section(tmp_path, "video", layout="ssv2"))
+    (labels / "train.json").write_text(json.dumps([{**entry[0], "id": "../../7"}]))
+    with pytest.raises(BadAnnotations, match=r"entry 1 has the id '\.\./\.\./7'"):
+        scan_dataset("ssv2", section(tmp_path, "video", layout="ssv2"))
     (labels / "train.json").write_text('{"id": 1}')
     with pytest.raises(BadAnnotations, match=r"train\.json does not hold a list"):
         scan_dataset("ssv2", section(tmp_path, "video", layout="ssv2"))

@@ -7,6 +7,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -309,6 +310,15 @@ def test_torch_and_the_extension_share_one_openmp():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(done.stdout.split()) == 1, done.stdout
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="built with OpenMP on Linux alone")
+def test_the_extension_is_built_with_openmp():
+    """Without it `at::parallel_for` is a plain loop, and nothing but the time tells."""
+    from vimnas_ds import _C
+
+    assert b"GOMP_parallel" in Path(_C.__file__).read_bytes()
 
 
 @needs_extension
