@@ -23,7 +23,7 @@ from vimnas_ds.search.cli import (
     add_search_arguments,
     build_parser,
     check_samples,
-    choose_datasets,
+    open_evaluations,
     run_script,
     say_left_out,
 )
@@ -31,7 +31,7 @@ from vimnas_ds.search.constraints import Constraints, parse_range
 from vimnas_ds.search.evolve import Evolution, EvolutionOptions, Generation
 from vimnas_ds.search.results import result_object, write_result
 from vimnas_ds.search.run import open_run
-from vimnas_ds.search.scoring import ArchScorer, EvaluationLog
+from vimnas_ds.search.scoring import ArchScorer
 from vimnas_ds.train.ranks import SEARCH_TIMEOUT, start_ranks
 
 HELP = {
@@ -78,15 +78,13 @@ def search(args: argparse.Namespace) -> int:
     check_samples(args.samples)
     ranks = start_ranks(SEARCH_TIMEOUT, engine=False)
     run = open_run(args.checkpoint, ranks, args.set, args.samples)
-    datasets = choose_datasets(run, args.datasets)
     ranges = [parse_range("params", text, run.datasets) for text in args.params]
     ranges += [parse_range("gflops", text, run.datasets) for text in args.gflops]
     constraints = Constraints(ranges, run.config, run.net.space)
     folder = args.out or run.files.root / "evolution"
-    log = EvaluationLog(folder / "evaluations.csv", datasets, ranks.is_main)
     where = args.out or run.files.tensorboard / "evolution"
     board = SearchBoard(where) if ranks.is_main else None
-    scorer = ArchScorer(run, log, datasets)
+    scorer = ArchScorer(open_evaluations(run, args, folder))
     evolution = Evolution(scorer, constraints, options, args.seed)
     most = options.population + (options.generations - 1) * (options.crossovers + options.mutations)
     progress = Progress(most, "evolution", ranks.world_size, ranks.is_main)

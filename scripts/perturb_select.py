@@ -25,14 +25,14 @@ from vimnas_ds.search.cli import (
     add_search_arguments,
     build_parser,
     check_samples,
-    choose_datasets,
+    open_evaluations,
     run_script,
     say_left_out,
 )
 from vimnas_ds.search.perturb import Decision, PerturbationSearch
 from vimnas_ds.search.results import result_object, write_result
 from vimnas_ds.search.run import open_run
-from vimnas_ds.search.scoring import ArchScorer, EvaluationLog
+from vimnas_ds.search.scoring import ArchScorer, Evaluations
 from vimnas_ds.search.tune import Tuner
 from vimnas_ds.train.ranks import SEARCH_TIMEOUT, start_ranks
 
@@ -73,7 +73,6 @@ def search(args: argparse.Namespace) -> int:
         raise ConfigError(f"--tune_steps must be at least 0, got {args.tune_steps}")
     ranks = start_ranks(SEARCH_TIMEOUT, engine=args.tune_steps > 0)
     run = open_run(args.checkpoint, ranks, args.set, args.samples)
-    datasets = choose_datasets(run, args.datasets)
     folder = args.out or run.files.root / "perturbation"
     lr = run.config.vimnas.peak_lr / 10 if args.tune_lr is None else args.tune_lr
     original = run.net
@@ -81,16 +80,12 @@ def search(args: argparse.Namespace) -> int:
     if args.tune_steps:
         run.net = copy.deepcopy(original)  # the pick is scored with the checkpoint's own weights
         tuner = Tuner(run, args.tune_steps, lr, lambda: None)
-    log = EvaluationLog(folder / "evaluations.csv", datasets, ranks.is_main)
+    evaluations = open_evaluations(run, args, folder, keep=tuner is None)
     alphas = run.alphas if args.alphas == "learned" else None
-    chooser = PerturbationSearch(
-        run, log, datasets, alphas, args.rule, args.order, args.seed, tuner
-    )
-    evaluations = Progress(
-        chooser.num_evaluations(), "perturbation", ranks.world_size, ranks.is_main
-    )
-    decisions = list(chooser.decide_all(evaluations))
-    evaluations.close()
+    chooser = PerturbationSearch(evaluations, alphas, args.rule, args.order, args.seed, tuner)
+    progress = Progress(chooser.num_evaluations(), "perturbation", ranks.world_size, ranks.is_main)
+    decisions = list(chooser.decide_all(progress))
+    progress.close()
     arch = chooser.state.arch()
     details: dict[str, object] = {
         "rule": args.rule,
@@ -100,11 +95,12 @@ def search(args: argparse.Namespace) -> int:
         "decisions": [d.to_json() for d in decisions],
     }
     if tuner is not None:
-        tuned = ArchScorer(run, log, datasets).score_all("tuned", [arch], lambda: None)[0]
+        tuned = ArchScorer(evaluations).score_all("tuned", [arch], lambda: None)[0]
         details |= {"tune_lr": lr, "accuracy_tuned": tuned.accuracy}
         tuner.close()
         run.net = original
-    scored = ArchScorer(run, log, datasets).score_all("picked", [arch], lambda: None)[0]
+        evaluations = Evaluations(run, evaluations.log, evaluations.objective)
+    scored = ArchScorer(evaluations).score_all("picked", [arch], lambda: None)[0]
     if ranks.is_main:
         write_result(folder, result_object(run, "perturbation", arch, scored, details))
         board = SearchBoard(args.out or run.files.tensorboard / "perturbation")
@@ -125,7 +121,7 @@ def describe(decisions: list[Decision]) -> str:
     rows = []
     for d in decisions:
         drops = "  ".join(f"{c:g}: {100 * v:+.2f}" for c, v in d.drop.items())
-        note = "tie, by loss" if d.by_loss else "within noise" if d.in_noise else ""
+        note = "tie" if d.tied else "within noise" if d.in_noise else ""
         margin = f"{100 * d.margin:.2f} +- {100 * d.margin_se:.2f}"
         rows.append([d.name, f"{d.kept:g}", drops, margin, note])
     head = ["decision", "kept", "top-1 points lost without", "margin", "note"]

@@ -11,6 +11,7 @@ import torch
 
 from tests.small import small_config
 from vimnas_ds.config import ConfigError, parse_config
+from vimnas_ds.data.listing import Sample
 from vimnas_ds.data.loader import Batch
 from vimnas_ds.model.alphas import Alphas, decisions
 from vimnas_ds.search.constraints import Constraints, Range, parse_range
@@ -22,7 +23,14 @@ from vimnas_ds.search.evolve import (
     sample_distinct,
 )
 from vimnas_ds.search.perturb import OpenChoices, PerturbationSearch
-from vimnas_ds.search.scoring import ArchScorer, EvaluationLog, Scored, paired_difference
+from vimnas_ds.search.objective import parse_objective
+from vimnas_ds.search.scoring import (
+    ArchScorer,
+    EvaluationLog,
+    Evaluations,
+    Scored,
+    paired_difference,
+)
 from vimnas_ds.space import SPACES, Arch
 from vimnas_ds.train.dry_run import cost_of
 from vimnas_ds.train.evaluate import Evaluator, Outcomes
@@ -40,7 +48,8 @@ class MemoryEvaluator(Evaluator):
         assert split == "select", "searches read the select split only"
         x = (torch.arange(SAMPLES) + 0.5) / SAMPLES
         for part in x.split(64):
-            yield Batch(part, torch.ones(len(part), dtype=torch.int64), ("",) * len(part))
+            names = tuple(f"{float(value):.6f}" for value in part)
+            yield Batch(part, torch.ones(len(part), dtype=torch.int64), names)
 
 
 class PlantedNet(torch.nn.Module):
@@ -71,21 +80,31 @@ class PlantedNet(torch.nn.Module):
         return self._logits(x, share / (2 * len(names)))
 
 
-def open_planted(net: PlantedNet, tmp_path) -> tuple[SimpleNamespace, EvaluationLog]:
+DATASETS = ("imagenet", "k400")
+
+
+def open_planted(net: PlantedNet, folder, cache=None, objective=None) -> Evaluations:
     config = parse_config(small_config())
     evaluator = MemoryEvaluator(SimpleNamespace(world_size=1), CPU, torch.float32, 64, 0)
+    names = [f"{(i + 0.5) / SAMPLES:.6f}" for i in range(SAMPLES)]
+    splits = {name: {"select": [Sample(n, 1) for n in names]} for name in DATASETS}
     run = SimpleNamespace(
         config=config,
         net=net.eval(),
         evaluator=evaluator,
         ranks=CPU,
-        datasets=("imagenet", "k400"),
+        datasets=DATASETS,
+        data=SimpleNamespace(splits=splits),
+        identity=lambda dataset: dataset,
         map_over_ranks=lambda f, items: list(f(items)),
         left_out=dict,
     )
-    return run, EvaluationLog(tmp_path / "evaluations.csv", run.datasets, True)
+    objective = objective or EQUAL
+    log = EvaluationLog(folder / "evaluations.csv", objective.datasets, True)
+    return Evaluations(run, log, objective, cache)
 
 
+EQUAL = parse_objective(None, DATASETS)
 PLANTS = [NANO.smallest(), NANO.largest(), Arch(48, 3, (1, 2, 1), (4, 2, 4))]
 
 
@@ -93,21 +112,21 @@ PLANTS = [NANO.smallest(), NANO.largest(), Arch(48, 3, (1, 2, 1), (4, 2, 4))]
 @pytest.mark.parametrize("order", ["as_listed", "from_the_input", "random"])
 @pytest.mark.parametrize("planted", PLANTS, ids=str)
 def test_perturbation_finds_the_planted_choices(tmp_path, planted, rule, order):
-    run, log = open_planted(PlantedNet(planted=planted), tmp_path)
+    evaluations = open_planted(PlantedNet(planted=planted), tmp_path)
     misled = Alphas(NANO, 0.3, torch.Generator().manual_seed(1)).state_dict()
-    search = PerturbationSearch(run, log, run.datasets, misled, rule, order)
+    search = PerturbationSearch(evaluations, misled, rule, order)
     made = list(search.decide_all(lambda: None))
     assert search.state.arch() == planted
     unused = [f"{kind}[{layer}]" for kind in ("num_heads", "mlp_ratio")
               for layer in range(planted.depth, NANO.max_depth)]  # fmt: skip
-    assert not any(d.by_loss for d in made if d.name not in unused)
-    rows = log.path.read_text().splitlines()
+    assert not any(d.tied for d in made if d.name not in unused)
+    rows = evaluations.log.path.read_text().splitlines()
     assert len(rows) - 1 <= search.num_evaluations()
 
 
 def test_the_report_says_drops_margins_and_noise(tmp_path):
-    run, log = open_planted(PlantedNet(planted=PLANTS[2]), tmp_path)
-    first = next(PerturbationSearch(run, log, run.datasets, None).decide_all(lambda: None))
+    evaluations = open_planted(PlantedNet(planted=PLANTS[2]), tmp_path)
+    first = next(PerturbationSearch(evaluations, None).decide_all(lambda: None))
     assert (first.name, first.kept) == ("embed_dim", 48)
     assert first.drop[48] > 0 > first.drop[32]  # without a rival the planted one gains mass
     assert first.margin == pytest.approx(min(first.accuracy[32], first.accuracy[64])
@@ -122,10 +141,10 @@ def test_ties_go_by_loss(tmp_path):
             mass = float(probabilities["depth"][0])
             return torch.stack([torch.zeros_like(x), torch.full_like(x, 1 + mass)], 1)
 
-    run, log = open_planted(Tied(), tmp_path)
-    search = PerturbationSearch(run, log, run.datasets, None)
+    evaluations = open_planted(Tied(), tmp_path)
+    search = PerturbationSearch(evaluations, None)
     made = {d.name: d for d in search.decide_all(lambda: None)}
-    assert made["depth"].by_loss
+    assert made["depth"].tied
     assert made["depth"].kept == NANO.depth[0]
     assert made["depth"].margin == 0.0
 
@@ -178,14 +197,14 @@ def all_members() -> list[Arch]:
 
 @pytest.mark.parametrize("budget", ["100k", "80k", "70k:90k", None])
 def test_evolution_finds_the_known_optimum_under_a_budget(tmp_path, budget):
-    run, log = open_planted(PlantedNet(worth=worth), tmp_path)
-    ranges = [] if budget is None else [parse_range("params", budget, run.datasets)]
-    constraints = Constraints(ranges, run.config, NANO)
+    evaluations = open_planted(PlantedNet(worth=worth), tmp_path)
+    ranges = [] if budget is None else [parse_range("params", budget, DATASETS)]
+    constraints = Constraints(ranges, evaluations.run.config, NANO)
     allowed = [a for a in all_members() if constraints.allow(a)]
     best = max(worth(a) for a in allowed)
     assert len(all_members()) == NANO.size()
     assert budget is None or len(allowed) < NANO.size() / 2
-    scorer = ArchScorer(run, log, run.datasets)
+    scorer = ArchScorer(evaluations)
     options = EvolutionOptions(population=20, generations=8, crossovers=10, mutations=10)
     evolution = Evolution(scorer, constraints, options, seed=0)
     history = list(evolution.generations(lambda: None))
@@ -195,7 +214,7 @@ def test_evolution_finds_the_known_optimum_under_a_budget(tmp_path, budget):
     members = [m for g in history for m in g.members]
     assert len(members) == len(set(members)) == len(scorer.scores)  # nobody twice
     batches = -(-SAMPLES // 64)
-    assert run.net.passes == len(members) * batches * len(run.datasets)
+    assert evaluations.run.net.passes == len(members) * batches * len(DATASETS)
     assert [g.best_accuracy for g in history] == sorted(g.best_accuracy for g in history)
 
 
@@ -210,10 +229,10 @@ def test_evolution_beats_random_search_where_the_space_cannot_be_exhausted(tmp_p
         same += sum(arch.mlp_ratio[i] == planted.mlp_ratio[i] for i in layers)
         return 0.05 + 0.9 * same / (2 * planted.depth)
 
-    run, log = open_planted(PlantedNet(space, worth=likeness), tmp_path)
+    evaluations = open_planted(PlantedNet(space, worth=likeness), tmp_path)
     budget = cost_of(config, planted, "imagenet")[0]
     limit = Constraints([Range("params", "imagenet", 0.8 * budget, budget)], config, space)
-    scorer = ArchScorer(run, log, run.datasets)
+    scorer = ArchScorer(evaluations)
     options = EvolutionOptions(population=50, generations=6)
     evolution = Evolution(scorer, limit, options, seed=0)
     list(evolution.generations(lambda: None))
@@ -235,12 +254,12 @@ def test_perturbation_of_a_real_supernet_finds_the_network_that_labels_the_sampl
         x = torch.randn(256, 3, 32, 32, generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
             y = net(x, planted, "imagenet").argmax(-1)
-        run, _ = open_planted(net, tmp_path)
-        log = EvaluationLog(tmp_path / "real.csv", ["imagenet"], True)
-        run.evaluator._batches = lambda dataset, split, x=x, y=y: iter(
-            [Batch(x, y, tuple(map(str, range(256))))]
+        evaluations = open_planted(net, tmp_path, objective=parse_objective(["imagenet"], DATASETS))
+        names = tuple(s.path for s in evaluations.run.data.splits["imagenet"]["select"][:256])
+        evaluations.run.evaluator._batches = lambda dataset, split, x=x, y=y, names=names: iter(
+            [Batch(x, y, names)]
         )
-        search = PerturbationSearch(run, log, ("imagenet",), None)
+        search = PerturbationSearch(evaluations, None)
         made = list(search.decide_all(lambda: None))
         for d in made:
             name, _, layer = d.name.partition("[")
@@ -252,10 +271,10 @@ def test_perturbation_of_a_real_supernet_finds_the_network_that_labels_the_sampl
 
 def test_evolution_is_repeatable_and_follows_its_seed(tmp_path):
     def visited(seed: int) -> list[Arch]:
-        run, log = open_planted(PlantedNet(worth=worth), tmp_path)
-        scorer = ArchScorer(run, log, run.datasets)
+        evaluations = open_planted(PlantedNet(worth=worth), tmp_path)
+        scorer = ArchScorer(evaluations)
         options = EvolutionOptions(population=10, generations=3, crossovers=5, mutations=5)
-        list(Evolution(scorer, Constraints([], run.config, NANO), options, seed).generations(
+        list(Evolution(scorer, Constraints([], evaluations.run.config, NANO), options, seed).generations(
             lambda: None))  # fmt: skip
         return list(scorer.scores)
 
@@ -326,15 +345,15 @@ def test_the_paired_error_is_that_of_the_difference():
     a = torch.tensor([1.0, 1, 1, 0, 1, 0, 1, 1], dtype=torch.float64)
     b = torch.tensor([1.0, 0, 1, 0, 1, 0, 0, 1], dtype=torch.float64)
     zero = torch.zeros(8, dtype=torch.float64)
-    names = tuple("abcdefgh")
-    first, second = (Scored({"k400": Outcomes(v, v, zero, names)}) for v in (a, b))
+    names, only = tuple("abcdefgh"), parse_objective(["k400"], ["k400"])
+    first, second = (Scored({"k400": Outcomes(v, v, zero, names)}, only) for v in (a, b))
     mean, error = paired_difference(first, second)
     difference = a - b
     assert mean == pytest.approx(0.25)
     assert error == pytest.approx(float(difference.std()) / 8**0.5)
     assert paired_difference(first, first) == (0.0, 0.0)
     # a file that could not be read the second time leaves the others in their pairs
-    less = Scored({"k400": Outcomes(b[1:], b[1:], zero[1:], names[1:])})
+    less = Scored({"k400": Outcomes(b[1:], b[1:], zero[1:], names[1:])}, only)
     mean, error = paired_difference(first, less)
     assert mean == pytest.approx(float(difference[1:].mean()))
     assert error == pytest.approx(float(difference[1:].std()) / 7**0.5)

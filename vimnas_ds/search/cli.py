@@ -14,7 +14,9 @@ from tqdm import tqdm
 from vimnas_ds.config import ConfigError
 from vimnas_ds.data.bad import BadAnnotations, BadFile, DataMissing, TooManyBadFiles
 from vimnas_ds.export import ExportError
-from vimnas_ds.search.run import TrainedNetwork
+from vimnas_ds.search.objective import parse_objective
+from vimnas_ds.search.run import SearchRun, TrainedNetwork
+from vimnas_ds.search.scoring import EvaluationLog, Evaluations
 from vimnas_ds.train.ranks import RanksDisagree
 
 
@@ -45,8 +47,11 @@ def add_search_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.add_argument(
         "--datasets",
         nargs="+",
-        metavar="NAME",
-        help="datasets whose mean accuracy counts; default: all of the run",
+        metavar="NAME[=WEIGHT]",
+        help="datasets whose weighted mean counts; default: all of the run, equally",
+    )
+    parser.add_argument(
+        "--metric", choices=("top1", "loss"), default="top1", help="what decides (default top1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything random in the search")
     parser.add_argument(
@@ -58,6 +63,29 @@ def add_search_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help=f"where results go; default: RUN/{folder}"
     )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where evaluations are kept for every later search; default: RUN/search_cache",
+    )
+    where.add_argument(
+        "--no_cache", action="store_true", help="keep evaluations in memory only, find none"
+    )
+
+
+def open_evaluations(
+    run: SearchRun, args: argparse.Namespace, folder: Path, keep: bool = True
+) -> Evaluations:
+    """The evaluator that a search's arguments ask for; its CSV goes to `folder`.
+
+    `keep` False: no outcome is found or kept on disk (the weights will change).
+    """
+    objective = parse_objective(args.datasets, run.datasets, args.metric)
+    log = EvaluationLog(folder / "evaluations.csv", objective.datasets, run.ranks.is_main)
+    cache = args.cache or run.files.root / "search_cache"
+    return Evaluations(run, log, objective, cache if keep and not args.no_cache else None)
 
 
 def choose_datasets(run: TrainedNetwork, names: Sequence[str] | None) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ least, until one is left (Algorithm 1's last line read as backward elimination).
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,7 @@ import torch
 from torch import Tensor
 
 from vimnas_ds.model.alphas import decisions
-from vimnas_ds.search.run import SearchRun
-from vimnas_ds.search.scoring import EvaluationLog, Scored, paired_difference, score_forwards
+from vimnas_ds.search.scoring import Candidate, Evaluations, Scored, paired_difference
 from vimnas_ds.space import Arch, SearchSpace
 
 Rule = Literal["keep", "eliminate"]
@@ -100,23 +100,20 @@ class OpenChoices:
 
 @dataclass(frozen=True)
 class Decision:
-    """One decision as it was made. `accuracy[c]` is the accuracy without choice c; `drop` that of
-    the network before, minus it. `margin`: the runner-up's accuracy without it, minus the kept
-    one's (the kept choice is missed more), with its paired standard error; under the rule
-    "eliminate" that is of the last round, between the two choices then left."""
+    """One decision as it was made. `accuracy[c]` and `loss[c]` are those without choice c; `drop`
+    is what its removal costs of what is maximised. `margin`: the runner-up's value without it,
+    minus the kept one's (the kept choice is missed more), with its paired standard error; under the
+    rule "eliminate" that is of the last round, between the two choices then left."""
 
     name: str
     kept: float
     accuracy_before: float
     accuracy: dict[float, float]
     loss: dict[float, float]
+    drop: dict[float, float]
     margin: float
     margin_se: float
-    by_loss: bool  #: the accuracies tied, the loss decided
-
-    @property
-    def drop(self) -> dict[float, float]:
-        return {c: self.accuracy_before - a for c, a in self.accuracy.items()}
+    tied: bool  #: the values were equal, the other metric decided
 
     @property
     def in_noise(self) -> bool:
@@ -134,21 +131,19 @@ class Decision:
             "margin": self.margin,
             "margin_se": self.margin_se,
             "in_noise": self.in_noise,
-            "by_loss": self.by_loss,
+            "tied": self.tied,
         }
 
 
 @dataclass
 class PerturbationSearch:
-    """Makes all decisions of a run's space, one after the other.
+    """Makes all decisions of a space, one after the other.
 
     `alphas` None: fixed uniform (DARTS-PT found it as good as learned). `tune`, if given, trains
     the supernet on the space that is left, between decisions.
     """
 
-    run: SearchRun
-    log: EvaluationLog
-    datasets: Sequence[str]
+    evaluations: Evaluations
     alphas: Mapping[str, Tensor] | None
     rule: Rule = "keep"
     order: Order = "as_listed"
@@ -157,7 +152,7 @@ class PerturbationSearch:
     state: OpenChoices = field(init=False)
 
     def __post_init__(self) -> None:
-        self.state = OpenChoices(self.run.net.space, self.alphas)
+        self.state = OpenChoices(self.evaluations.run.net.space, self.alphas)
 
     def ordered(self) -> list[str]:
         """Decision names in the order in which they are made."""
@@ -189,13 +184,12 @@ class PerturbationSearch:
     def _decide(self, name: str, progress: Callable[[], None]) -> Decision:
         state, choices = self.state, self.state.choices[name]
         first: dict[int, Scored] = {}
-        before = 0.0
         while len(state.open[name]) > 1:
             options: list[int | None] = [None, *state.open[name]] if not first else []
             options = options or list(state.open[name])
             scored = self._score(name, options, progress)
             if not first:
-                before = scored.pop(0).accuracy
+                before = scored.pop(0)
                 first = dict(zip(state.open[name], scored, strict=True))
             # removing the best choice leaves the worst network
             ranked = sorted(zip(state.open[name], scored, strict=True), key=lambda p: p[1].rank_key)
@@ -208,9 +202,10 @@ class PerturbationSearch:
         return Decision(
             name,
             state.value(name),
-            before,
+            before.accuracy,
             {choices[i]: s.accuracy for i, s in first.items()},
             {choices[i]: s.loss for i, s in first.items()},
+            {choices[i]: before.value - s.value for i, s in first.items()},
             margin,
             error,
             kept.rank_key[0] == runner_up.rank_key[0],
@@ -220,18 +215,18 @@ class PerturbationSearch:
         self, name: str, options: Sequence[int | None], progress: Callable[[], None]
     ) -> list[Scored]:
         """Scores without each option (None: with all that is open), shared among the ranks."""
-        net, device = self.run.net, self.run.ranks.device
-
-        def evaluate(part: Sequence[int | None]) -> list[Scored]:
-            forwards = []
-            for option in part:
-                without = None if option is None else (name, option)
-                p = {k: v.to(device) for k, v in self.state.probabilities(without).items()}
-                forwards.append(partial(net.superposed, probabilities=p))
-            return score_forwards(self.run, self.datasets, forwards, progress)
-
-        found = self.run.map_over_ranks(evaluate, options)
-        for option, scored in zip(options, found, strict=True):
+        run = self.evaluations.run
+        candidates = []
+        for option in options:
+            probabilities = self.state.probabilities(None if option is None else (name, option))
             gone = "nothing" if option is None else f"{self.state.choices[name][option]:g}"
-            self.log.add(name, f"without {gone}", scored, {})
-        return found
+            p = {k: v.to(run.ranks.device) for k, v in probabilities.items()}
+            forward = partial(run.net.superposed, probabilities=p)
+            candidates.append(Candidate(_key(probabilities), f"without {gone}", forward))
+        return self.evaluations.score_all(name, candidates, progress)
+
+
+def _key(probabilities: Mapping[str, Tensor]) -> str:
+    """The superposed network at these probabilities, however they were reached."""
+    exact = repr([(name, p.tolist()) for name, p in sorted(probabilities.items())])
+    return "superposed " + hashlib.sha256(exact.encode()).hexdigest()

@@ -32,6 +32,7 @@ from vimnas_ds.train.run_files import (
     RunFiles,
     check_same_network,
     find_checkpoint,
+    network_of,
     read_run_config,
 )
 
@@ -47,6 +48,7 @@ class TrainedNetwork:
     checkpoint: Path
     net: Supernet
     dtype: torch.dtype
+    weights: str  #: digest of the weights
 
     @property
     def files(self) -> RunFiles:
@@ -79,6 +81,19 @@ class SearchRun(TrainedNetwork):
         parts = gather_objects(mine)
         return [parts[i % world][i // world] for i in range(len(items))]
 
+    def identity(self, dataset: str) -> dict[str, Any]:
+        """All that the outcome of evaluating a candidate on a dataset's select split depends on."""
+        section = self.config.vimnas
+        recipe = section.data.datasets[dataset].model_dump(mode="json")
+        seen = {key: recipe[key] for key in ("kind", "size", "resize", "frames", "fps")}
+        return {
+            "weights": self.weights,
+            "network": {key: repr(value) for key, value in network_of(self.config).items()},
+            "numerics": [str(self.dtype), self.ranks.device.type, section.log.eval_batch],
+            "dataset": [dataset, seen],
+            "samples": [[s.path, s.label] for s in self.data.splits[dataset]["select"]],
+        }
+
     def left_out(self) -> dict[str, dict[str, str]]:
         """Files that no evaluation could read so far: dataset -> path -> reason."""
         return {name: reasons for name, reasons in self.evaluator.skipped.items() if reasons}
@@ -109,12 +124,14 @@ def open_network(
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
     net = build_supernet(config)
     try:
+        with (path / WEIGHTS_FILE).open("rb") as file:
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
         net.load_state_dict(load_file(str(path / WEIGHTS_FILE)))
     except (RuntimeError, SafetensorError) as err:
         raise CheckpointError(f"{path / WEIGHTS_FILE} cannot be used: {err}") from err
     dtype = torch.bfloat16 if config.bf16(ranks.device.type == "cuda") else torch.float32
     net = net.to(ranks.device, dtype).eval().requires_grad_(False)
-    return TrainedNetwork(config, path, net, dtype)
+    return TrainedNetwork(config, path, net, dtype, weights)
 
 
 def open_run(
@@ -142,6 +159,7 @@ def open_run(
         path,
         network.net,
         network.dtype,
+        network.weights,
         load_file(str(path / ALPHAS_FILE)),
         json.loads((path / POSITION_FILE).read_text()),
         data,

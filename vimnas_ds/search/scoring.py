@@ -1,9 +1,9 @@
-"""One way to score a candidate, for every search: mean top-1 over datasets on `select` splits.
+"""One way to score a candidate, for every search: on the `select` splits, in eval mode, once.
 
-A candidate is any forward function on the supernet. Its outcomes are kept sample by sample, so two
-candidates can be compared on the same samples (paired). Sub-networks are scored once, several in
-one pass over the samples, and every evaluation is one row of a CSV file, written when the ranks
-have put theirs together.
+A candidate is any forward function on the supernet with a key that says what it is. Its outcomes
+are kept sample by sample, so two candidates can be compared on the same samples (paired), and
+across processes (`cache`): a search that was killed finds what it had evaluated. Every evaluation a
+search asks for is one row of its CSV file, written as soon as it is known.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from vimnas_ds.search.cache import OutcomeFile, digest_of
+from vimnas_ds.search.objective import Objective
 from vimnas_ds.search.run import SearchRun
 from vimnas_ds.space import Arch
 from vimnas_ds.train.dry_run import cost_of
 from vimnas_ds.train.evaluate import Outcomes
+from vimnas_ds.train.ranks import check_agreement
 
 #: splits that searches may read; "test" is for reported numbers only
 SELECT = "select"
+#: candidates of a rank scored in one pass over the samples, and between two exchanges of results
+GROUP = 4
 
 
 class DatasetForward(Protocol):
@@ -34,44 +39,67 @@ class DatasetForward(Protocol):
     def __call__(self, x: Tensor, *, dataset: str) -> Tensor: ...
 
 
+class Candidate(NamedTuple):
+    """`key` names it in the cache, `name` in the CSV; `cost`: relative, to share work evenly."""
+
+    key: str
+    name: str
+    forward: DatasetForward
+    cost: float = 1.0
+
+
 @dataclass(frozen=True)
 class Scored:
-    """Outcomes per dataset; accuracy and loss are unweighted means over datasets."""
+    """Outcomes per dataset; accuracy and loss are the objective's weighted means over datasets."""
 
     outcomes: Mapping[str, Outcomes]
+    objective: Objective
 
     @property
     def accuracy(self) -> float:
-        return sum(o.score.top1 for o in self.outcomes.values()) / len(self.outcomes)
+        return sum(w * self.outcomes[n].score.top1 for n, w in self.objective.weights.items())
 
     @property
     def loss(self) -> float:
-        return sum(o.score.loss for o in self.outcomes.values()) / len(self.outcomes)
+        return sum(w * self.outcomes[n].score.loss for n, w in self.objective.weights.items())
+
+    @property
+    def value(self) -> float:
+        """What is maximised: accuracy, or minus the loss."""
+        return self.accuracy if self.objective.metric == "top1" else -self.loss
 
     @property
     def rank_key(self) -> tuple[float, float]:
-        """Sorts better candidates higher: accuracy, then (ties are frequent) loss. Rounded, so
-        that the last bits of a sum cannot decide; a loss that is not finite is the worst."""
+        """Sorts better candidates higher: by the metric, then (ties are frequent) by the other one.
+        Rounded, so that the last bits of a sum cannot decide; a loss that is not finite is the
+        worst."""
         loss = self.loss if math.isfinite(self.loss) else math.inf
-        return round(self.accuracy, 9), -round(loss, 6)
+        accuracy, certainty = round(self.accuracy, 9), -round(loss, 6)
+        by_loss = self.objective.metric == "loss"
+        return (certainty, accuracy) if by_loss else (accuracy, certainty)
 
 
 def paired_difference(a: Scored, b: Scored) -> tuple[float, float]:
-    """Accuracy of `a` minus that of `b` on the same samples, and its standard error."""
+    """The value of `a` minus that of `b` on the same samples, and its standard error."""
     mean = variance = 0.0
-    for name, ours in a.outcomes.items():
-        theirs = b.outcomes[name]
+    for name, weight in a.objective.weights.items():
+        ours, theirs = a.outcomes[name], b.outcomes[name]
+        mine, other = (_values(o, a.objective) for o in (ours, theirs))
         if ours.names != theirs.names:  # a file could not be read once: compare what both saw
             at = {sample: i for i, sample in enumerate(theirs.names)}
             both = [(i, at[n]) for i, n in enumerate(ours.names) if n in at]
             pairs = torch.tensor(both, dtype=torch.int64).view(-1, 2)
-            difference = ours.top1[pairs[:, 0]] - theirs.top1[pairs[:, 1]]
+            difference = mine[pairs[:, 0]] - other[pairs[:, 1]]
         else:
-            difference = ours.top1 - theirs.top1
-        mean += float(difference.mean()) / len(a.outcomes)
+            difference = mine - other
+        mean += weight * float(difference.mean())
         if len(difference) > 1:
-            variance += float(difference.var()) / len(difference) / len(a.outcomes) ** 2
+            variance += weight**2 * float(difference.var()) / len(difference)
     return mean, math.sqrt(variance)
+
+
+def _values(outcomes: Outcomes, objective: Objective) -> Tensor:
+    return outcomes.top1 if objective.metric == "top1" else -outcomes.loss
 
 
 class EvaluationLog:
@@ -108,49 +136,149 @@ class EvaluationLog:
             csv.writer(file).writerow(row)
 
 
-class ArchScorer:
-    """Scores sub-networks of a run; each is evaluated once."""
+class Evaluations:
+    """What a search asks: scores of candidates, each evaluated once in the life of a checkpoint.
 
-    def __init__(self, run: SearchRun, log: EvaluationLog, datasets: Sequence[str]):
-        self.run, self.log, self.datasets = run, log, tuple(datasets)
+    Args:
+        run: the checkpoint, its data and the ranks, which share new candidates among themselves.
+        log: a row for every score a search asks for.
+        objective: see `Objective`.
+        cache: folder of the outcome files; None: kept in memory alone, as for tuned weights.
+
+    Raises ConfigError for a cache that cannot be read, RanksDisagree for ranks that see others.
+    """
+
+    def __init__(
+        self, run: SearchRun, log: EvaluationLog, objective: Objective, cache: Path | None = None
+    ):
+        self.run, self.log, self.objective = run, log, objective
+        self._files = {name: self._open(name, cache) for name in objective.datasets}
+        known = digest_of([[k.hex() for k in f.keys()] for f in self._files.values()])
+        check_agreement(int(known[:15], 16), "the cached evaluations", run.ranks)
+        for name, file in self._files.items():
+            if file.left_out:
+                run.evaluator.skipped.setdefault(name, {}).update(file.left_out)
+
+    def _open(self, dataset: str, cache: Path | None) -> OutcomeFile:
+        names = [sample.path for sample in self.run.data.splits[dataset][SELECT]]
+        path = None
+        if cache is not None:
+            path = cache / f"{dataset}-{digest_of(self.run.identity(dataset))[:16]}.outcomes"
+        return OutcomeFile(path, names, self.run.ranks.is_main)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return self.objective.datasets
+
+    def score_all(
+        self,
+        what: str,
+        candidates: Sequence[Candidate],
+        progress: Callable[[], None],
+        costs: Callable[[Candidate], Mapping[str, tuple[int, float]]] | None = None,
+    ) -> list[Scored]:
+        """Scores of `candidates`, in their order, the same on every rank.
+
+        Args:
+            what: the CSV's first column.
+            progress: called on each rank after each of its candidates.
+            costs: (params, GFLOPs) by dataset, for the CSV.
+        """
+        fresh: dict[str, Candidate] = {}
+        known = 0
+        for one in candidates:
+            if all(file.get(one.key) is not None for file in self._files.values()):
+                known += 1
+            else:
+                fresh.setdefault(one.key, one)
+        for _ in range(self.run.ranks.rank, known, self.run.ranks.world_size):
+            progress()
+        done = iter(_chunks(list(fresh.values()), GROUP * self.run.ranks.world_size))
+        missing = set(fresh)
+        for one in candidates:
+            while one.key in missing:
+                chunk = next(done)
+                self._evaluate(chunk, progress)
+                missing -= {c.key for c in chunk}
+            found = self._scored(one.key)
+            self.log.add(what, one.name, found, costs(one) if costs else {})
+        return [self._scored(one.key) for one in candidates]
+
+    def _evaluate(self, chunk: Sequence[Candidate], progress: Callable[[], None]) -> None:
+        """New candidates, shared among the ranks by their cost."""
+        world = self.run.ranks.world_size
+        dealt = _dealt(chunk, world)
+
+        def evaluate(mine: Sequence[Candidate]) -> list[dict[str, Outcomes]]:
+            return evaluate_forwards(self.run, self.datasets, [c.forward for c in mine], progress)
+
+        for one, outcomes in zip(dealt, self.run.map_over_ranks(evaluate, dealt), strict=True):
+            for name, file in self._files.items():
+                file.add(one.key, outcomes[name], self.run.evaluator.skipped.get(name, {}))
+
+    def _scored(self, key: str) -> Scored:
+        found = {}
+        for name, file in self._files.items():
+            outcomes = file.get(key)
+            assert outcomes is not None
+            found[name] = outcomes
+        return Scored(found, self.objective)
+
+
+def _chunks(items: Sequence[Candidate], size: int) -> list[Sequence[Candidate]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _dealt(chunk: Sequence[Candidate], world: int) -> list[Candidate]:
+    """In an order in which every `world`-th one makes an equal load: dearest first, to and fro."""
+    ordered = sorted(chunk, key=lambda c: -c.cost)
+    rows = [ordered[i : i + world] for i in range(0, len(ordered), world)]
+    return [c for turn, row in enumerate(rows) for c in (row[::-1] if turn % 2 else row)]
+
+
+class ArchScorer:
+    """Scores sub-networks; `scores` has those asked for so far, in the order of their asking."""
+
+    def __init__(self, evaluations: Evaluations):
+        self.evaluations = evaluations
         self.scores: dict[Arch, Scored] = {}
 
     def costs(self, arch: Arch) -> dict[str, tuple[int, float]]:
         """(params, GFLOPs) by dataset."""
-        return {name: cost_of(self.run.config, arch, name) for name in self.datasets}
+        config, names = self.evaluations.run.config, self.evaluations.datasets
+        return {name: cost_of(config, arch, name) for name in names}
 
     def score_all(
         self, what: str, archs: Sequence[Arch], progress: Callable[[], None]
     ) -> list[Scored]:
-        """Scores of `archs`; new ones are shared among the ranks. `progress`: after each one."""
+        """Scores of `archs`; each has one row in the CSV, the first time it is asked for."""
         fresh = [a for a in dict.fromkeys(archs) if a not in self.scores]
-
-        def evaluate(archs: Sequence[Arch]) -> list[Scored]:
-            forwards = [partial(self.run.net, arch=arch) for arch in archs]
-            return score_forwards(self.run, self.datasets, forwards, progress)
-
-        for arch, scored in zip(fresh, self.run.map_over_ranks(evaluate, fresh), strict=True):
-            self.scores[arch] = scored
-            self.log.add(what, arch.to_json(), scored, self.costs(arch))
+        net = self.evaluations.run.net
+        costs = {arch.to_json(): self.costs(arch) for arch in fresh}
+        candidates = [
+            Candidate(key, key, partial(net, arch=arch), sum(g for _, g in costs[key].values()))
+            for arch in fresh
+            for key in (arch.to_json(),)
+        ]
+        found = self.evaluations.score_all(
+            what, candidates, progress, lambda candidate: costs[candidate.key]
+        )
+        self.scores.update(zip(fresh, found, strict=True))
         return [self.scores[a] for a in archs]
 
 
-#: candidates scored in one pass over the samples
-GROUP = 4
-
-
-def score_forwards(
+def evaluate_forwards(
     run: SearchRun,
     datasets: Sequence[str],
     forwards: Sequence[DatasetForward],
     progress: Callable[[], None],
-) -> list[Scored]:
-    """Score networks on the select splits, in eval mode, on this rank alone.
+) -> list[dict[str, Outcomes]]:
+    """Outcomes of networks on the select splits by dataset, in eval mode, on this rank alone.
 
     `progress` is called once for each of them.
     """
     assert not run.net.training
-    found: list[Scored] = []
+    found: list[dict[str, Outcomes]] = []
     for first in range(0, len(forwards), GROUP):
         group = dict(enumerate(forwards[first : first + GROUP]))
         outcomes = {
@@ -160,6 +288,6 @@ def score_forwards(
             for name in datasets
         }
         for i in group:
-            found.append(Scored({name: outcomes[name][str(i)] for name in datasets}))
+            found.append({name: outcomes[name][str(i)] for name in datasets})
             progress()
     return found
