@@ -27,7 +27,10 @@ BENCHES = (
     ("bench_memory.py",),
     ("bench_data.py",),
     ("bench_views.py",),
+    ("bench_evolve.py",),
 )
+#: benches whose ratio is to be above its goal
+MORE_IS_BETTER = frozenset({"evolve_two_ranks"})
 LINE = re.compile(r"^(\S+) ratio (\S+) goal (\S+)$")
 
 
@@ -59,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             failed.append(" ".join([script, *options]))
     print(f"\n{'bench':<44} {'ratio':>7} {'goal':>6}")
     for name, ratio, goal in ratios:
-        print(f"{name:<44} {ratio:7.3f} {goal:6.2f}  {'met' if ratio <= goal else 'missed'}")
+        met = ratio >= goal if name in MORE_IS_BETTER else ratio <= goal
+        print(f"{name:<44} {ratio:7.3f} {goal:6.2f}  {'met' if met else 'missed'}")
     for name in failed:
         print(f"failed: {name}")
     return 1 if failed else 0

@@ -22,8 +22,8 @@ from vimnas_ds.search.evolve import (
     mutate,
     sample_distinct,
 )
-from vimnas_ds.search.perturb import OpenChoices, PerturbationSearch
 from vimnas_ds.search.objective import parse_objective
+from vimnas_ds.search.perturb import OpenChoices, PerturbationSearch
 from vimnas_ds.search.scoring import (
     ArchScorer,
     EvaluationLog,
@@ -274,8 +274,8 @@ def test_evolution_is_repeatable_and_follows_its_seed(tmp_path):
         evaluations = open_planted(PlantedNet(worth=worth), tmp_path)
         scorer = ArchScorer(evaluations)
         options = EvolutionOptions(population=10, generations=3, crossovers=5, mutations=5)
-        list(Evolution(scorer, Constraints([], evaluations.run.config, NANO), options, seed).generations(
-            lambda: None))  # fmt: skip
+        anything = Constraints([], evaluations.run.config, NANO)
+        list(Evolution(scorer, anything, options, seed).generations(lambda: None))
         return list(scorer.scores)
 
     assert visited(3) == visited(3) != visited(4)
