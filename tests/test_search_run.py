@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +54,8 @@ def search(script: str, trained: Path, out: Path, *args: str, ranks: int = 1) ->
 
 @pytest.fixture(scope="module")
 def results(trained, folder) -> dict[str, dict]:
-    """Both searches on one rank and on two. All data files' access times are set back before."""
+    """Both searches on one rank and, from nothing, on two. All data files' access times are set
+    back before."""
     data = [p for p in (folder / "data").rglob("*") if p.is_file()]
     for file in data:
         os.utime(file, ns=(1, file.stat().st_mtime_ns))  # an index notices the nanoseconds
@@ -61,8 +64,9 @@ def results(trained, folder) -> dict[str, dict]:
         "evolve": search("evolve.py", trained, folder / "e1", *BUDGET, *SMALL),
     }
     found["read"] = {str(f.relative_to(folder / "data")) for f in data if f.stat().st_atime > 2}  # type: ignore[assignment]
-    found["perturb2"] = search("perturb_select.py", trained, folder / "p2", ranks=2)
-    found["evolve2"] = search("evolve.py", trained, folder / "e2", *BUDGET, *SMALL, ranks=2)
+    anew = ["--no_cache"]
+    found["perturb2"] = search("perturb_select.py", trained, folder / "p2", *anew, ranks=2)
+    found["evolve2"] = search("evolve.py", trained, folder / "e2", *anew, *BUDGET, *SMALL, ranks=2)
     return found
 
 
@@ -73,6 +77,27 @@ def test_two_ranks_and_one_give_the_same_result(results, folder):
     for one, two in (("p1", "p2"), ("e1", "e2")):
         a, b = ((folder / d / "evaluations.csv").read_text() for d in (one, two))
         assert a == b
+
+
+def test_a_search_that_was_killed_goes_on_and_ends_the_same(results, trained, folder):
+    out, cache = folder / "killed", folder / "killed_cache"
+    options = ["--checkpoint", str(trained), "--out", str(out), "--cache", str(cache)]
+    command = [sys.executable, str(ROOT / "scripts" / "evolve.py"), *options, *BUDGET, *SMALL]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.DEVNULL) as running:
+        while running.poll() is None and not list(cache.glob("ssv2-*")):
+            time.sleep(0.005)
+        running.send_signal(signal.SIGKILL)
+    assert running.returncode == -signal.SIGKILL
+    assert not (out / "result.json").exists()
+    kept = sum(f.stat().st_size for f in cache.iterdir())
+    assert (
+        search("evolve.py", trained, out, "--cache", str(cache), *BUDGET, *SMALL)
+        == (results["evolve"])
+    )
+    assert sum(f.stat().st_size for f in cache.iterdir()) > kept > 0
+    first, second = (folder / d / "evaluations.csv" for d in ("e1", "killed"))
+    assert first.read_text() == second.read_text()
 
 
 def test_no_search_reads_a_test_file(results, folder):

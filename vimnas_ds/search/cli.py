@@ -84,7 +84,7 @@ def open_evaluations(
     """
     objective = parse_objective(args.datasets, run.datasets, args.metric)
     log = EvaluationLog(folder / "evaluations.csv", objective.datasets, run.ranks.is_main)
-    cache = args.cache or run.files.root / "search_cache"
+    cache = args.cache or run.files.search_cache
     return Evaluations(run, log, objective, cache if keep and not args.no_cache else None)
 
 

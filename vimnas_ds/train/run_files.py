@@ -6,6 +6,7 @@ OUTPUT_DIR/train.log       every line of the console
 OUTPUT_DIR/tensorboard/    event files
 OUTPUT_DIR/checkpoints/    step00001234/ ..., latest
 OUTPUT_DIR/summary.json    results on the test splits
+OUTPUT_DIR/search_cache/   evaluations of the searches, by checkpoint
 """
 
 from __future__ import annotations
@@ -63,9 +64,13 @@ class RunFiles:
     def summary(self) -> Path:
         return self.root / "summary.json"
 
+    @property
+    def search_cache(self) -> Path:
+        return self.root / "search_cache"
+
     def remove(self) -> None:
         """Delete an earlier run's files (these only, whatever else the folder holds)."""
-        for folder in (self.tensorboard, self.checkpoints):
+        for folder in (self.tensorboard, self.checkpoints, self.search_cache):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.config, self.labels, self.log, self.summary):
             file.unlink(missing_ok=True)
