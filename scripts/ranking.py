@@ -106,8 +106,8 @@ def plan(run: SearchRun, args: argparse.Namespace, archs: list[Arch]) -> Trainin
     settings: dict[str, Any] = {"from": args.start, "count": args.count, "seed": args.seed}
     overrides = list(args.set)
     if args.start == "inherited":
-        weights = (run.checkpoint / WEIGHTS_FILE).read_bytes()
-        settings["weights"] = hashlib.sha256(weights).hexdigest()
+        with (run.checkpoint / WEIGHTS_FILE).open("rb") as file:
+            settings["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
         overrides += ["vimnas.model.init=null", f"vimnas.model.inherit={run.checkpoint}"]
     root = args.out or run.files.root / "ranking"
 

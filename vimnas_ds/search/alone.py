@@ -22,8 +22,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,7 @@ def epochs_within(steps: int, steps_of: Callable[[int], int]) -> int:
 
 @dataclass(frozen=True)
 class Trainings:
-    """What is to be trained under `root`; the sub-networks differ in nothing else.
-
-    Raises ConfigError, by name, for overrides that make no configuration.
-    """
+    """What is to be trained under `root`; the sub-networks differ in nothing else."""
 
     root: Path
     archs: Sequence[Arch]
@@ -85,11 +82,11 @@ class Trainings:
     config: Path  #: of the supernet's run
     overrides: Sequence[str]
     settings: Mapping[str, Any]  #: what else must be the same to go on under `root`
-    recipe: RunConfig = field(init=False)  #: the configuration that all trainings share
 
-    def __post_init__(self) -> None:
-        recipe = load_config(self.config, [*self.overrides, *QUIET])
-        object.__setattr__(self, "recipe", recipe)
+    @cached_property
+    def recipe(self) -> RunConfig:
+        """The configuration that all trainings share."""
+        return load_config(self.config, [*self.overrides, *QUIET])
 
     def total_steps(self, sizes: Mapping[str, int]) -> int:
         """Steps of one training; `sizes`: training files by dataset."""
@@ -135,13 +132,7 @@ class Trainings:
         waiting = [i for i in range(count) if self.checkpoint(i) is None]
         finished = count - len(waiting)
         running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
-        bar = tqdm(
-            total=count * steps,
-            initial=finished * steps,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.05,
-        )
+        bar = tqdm(total=count * steps, initial=finished * steps, unit="step", dynamic_ncols=True)
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -153,10 +144,8 @@ class Trainings:
                         del running[number]
                         self._finish(number, code, time.monotonic() - started)
                         finished += 1
-                done = finished * steps + sum(map(self._steps_done, running))
-                bar.set_description(f"{finished} of {count} trained", refresh=False)
-                bar.update(done - bar.n)
-                bar.refresh()
+                bar.n = finished * steps + sum(map(self._steps_done, running))
+                bar.set_description(f"{finished} of {count} trained")  # this draws the bar
         finally:
             bar.close()
             for process, _ in running.values():
@@ -167,6 +156,7 @@ class Trainings:
     def _start(self, number: int, jobs: int) -> subprocess.Popen[bytes]:
         folder, environment = self.folder(number), dict(os.environ)
         folder.mkdir(exist_ok=True)
+        RunFiles(folder).remove()  # what one that was cut off left
         arch = folder / "arch.json"
         arch.write_text(self.archs[number].to_json() + "\n")
         overrides = [*self.overrides, *QUIET, f"vimnas.output_dir={folder}"]
@@ -180,7 +170,7 @@ class Trainings:
         world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
         command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
         command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", str(self.script)]
-        command += ["--deepspeed_config", str(self.config), "--arch", str(arch), "--overwrite"]
+        command += ["--deepspeed_config", str(self.config), "--arch", str(arch)]
         command += [part for override in overrides for part in ("--set", override)]
         with (folder / "console.log").open("wb") as log:
             return subprocess.Popen(
