@@ -30,7 +30,7 @@ from vimnas_ds.train.dry_run import cost_of
 #: sub-networks below which a tau says too little
 FEWEST = 12
 #: members that the choice is made from, all of a smaller space
-POOL = 5000
+POOL = 2000
 
 #: how the mean over datasets is called; no dataset can be
 MEAN = "mean of datasets"
