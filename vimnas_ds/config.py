@@ -333,6 +333,9 @@ class LogSection(Section):
     )
     eval_subnets: int = Field(2, ge=0, description="Fixed random sub-networks evaluated as well")
     eval_batch: int = Field(64, ge=1, description="Evaluation batch per process")
+    test_at_end: bool = Field(
+        True, description="Whether the run ends with its scores on the test splits"
+    )
 
 
 class CheckpointSection(Section):

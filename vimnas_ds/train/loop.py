@@ -263,9 +263,11 @@ class Trainer:
         self.console.say(f"select at step {done}: " + "; ".join(parts))
 
     def summarise(self) -> dict[str, Any]:
-        """Scores of largest and smallest on the test splits: read here, once, and nowhere else."""
+        """Scores of largest and smallest on the test splits: read here, once, and nowhere else
+        (with vimnas.log.test_at_end false not even here)."""
         picks = {k: a for k, a in self.subnets().items() if "fixed" not in k}
-        scores = {name: self.scores(picks, name, "test") for name in self.section.data.datasets}
+        names = self.section.data.datasets if self.section.log.test_at_end else ()
+        scores = {name: self.scores(picks, name, "test") for name in names}
         self.faults.collect(self.schedule.total_steps)
         if not self.ranks.is_main:
             return {}

@@ -54,7 +54,7 @@ def start_ranks(timeout_minutes: float = TRAINING_TIMEOUT, engine: bool = True) 
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     backend, timeout = "nccl" if gpu else "gloo", datetime.timedelta(minutes=timeout_minutes)
     if not engine:
@@ -77,7 +77,8 @@ def settle_on_cpu(threads: int | None, ranks: Ranks) -> None:
         torch.set_num_threads(threads or cores_per_process(ranks.world_size))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on at the moment."""
     import socket
 
     with socket.socket() as sock:
