@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vimnas_ds.model.alphas import decisions
+from vimnas_ds.model.alphas import decisions, layer_of
+from vimnas_ds.search.prefix import PrefixCache
 from vimnas_ds.search.run import SearchRun
 from vimnas_ds.search.scoring import EvaluationLog, Scored, paired_difference, score_forwards
 from vimnas_ds.space import Arch, SearchSpace
@@ -64,10 +65,8 @@ class OpenChoices:
 
     def is_idle(self, name: str) -> bool:
         """Whether the decision is of a layer beyond every depth still open."""
-        if "[" not in name:
-            return False
-        layer = int(name[name.index("[") + 1 : -1])
-        return layer >= max(self.space.depth[i] for i in self.open["depth"])
+        layer = layer_of(name)
+        return layer is not None and layer >= max(self.space.depth[i] for i in self.open["depth"])
 
     def arch(self) -> Arch:
         """The architecture, once every decision (of the layers it has) is made."""
@@ -143,7 +142,8 @@ class PerturbationSearch:
     """Makes all decisions of a run's space, one after the other.
 
     `alphas` None: fixed uniform (DARTS-PT found it as good as learned). `tune`, if given, trains
-    the supernet on the space that is left, between decisions.
+    the supernet on the space that is left, between decisions. `prefixes`, if given, keeps what
+    lies before the perturbed layer; the result is the same without.
     """
 
     run: SearchRun
@@ -154,6 +154,7 @@ class PerturbationSearch:
     order: Order = "as_listed"
     seed: int = 0
     tune: Callable[[SearchSpace], None] | None = None
+    prefixes: PrefixCache | None = None
     state: OpenChoices = field(init=False)
 
     def __post_init__(self) -> None:
@@ -183,6 +184,8 @@ class PerturbationSearch:
             if len(self.state.open[name]) > 1 and not self.state.is_idle(name):
                 if made and self.tune is not None:
                     self.tune(self.state.restricted_space())
+                    if self.prefixes is not None:
+                        self.prefixes.clear()
                 yield self._decide(name, progress)
                 made = True
 
@@ -223,11 +226,14 @@ class PerturbationSearch:
         net, device = self.run.net, self.run.ranks.device
 
         def evaluate(part: Sequence[int | None]) -> list[Scored]:
-            forwards = []
+            before, forwards = self.state.probabilities(), []
             for option in part:
-                without = None if option is None else (name, option)
-                p = {k: v.to(device) for k, v in self.state.probabilities(without).items()}
-                forwards.append(partial(net.superposed, probabilities=p))
+                after = before if option is None else self.state.probabilities((name, option))
+                if self.prefixes is not None:
+                    forwards.append(self.prefixes.forward(name, before, after))
+                else:
+                    p = {k: v.to(device) for k, v in after.items()}
+                    forwards.append(partial(net.superposed, probabilities=p))
             return score_forwards(self.run, self.datasets, forwards, progress)
 
         found = self.run.map_over_ranks(evaluate, options)
