@@ -80,7 +80,7 @@ def search_all(tmp_path, budget: int | None, net=None, sizes=SIZES, lossy=0, tun
         map_over_ranks=lambda f, items: list(f(items)),
     )
     if tune is not None:
-        options["tune"] = lambda space: tune(run.net, space)
+        options["tune"] = lambda space, made: tune(run.net, space)
     cache = None if budget is None else PrefixCache(run, budget)
     log = FullLog(tmp_path / f"{budget}.csv")
     alphas = Alphas(run.net.space, 0.3, torch.Generator().manual_seed(1)).state_dict()

@@ -122,6 +122,11 @@ class Decision:
         """Whether the margin is below two of its standard errors."""
         return self.margin <= 2 * self.margin_se
 
+    @property
+    def note(self) -> str:
+        """Why the margin decides nothing; empty if it does."""
+        return "tie, by loss" if self.by_loss else "within noise" if self.in_noise else ""
+
     def to_json(self) -> dict[str, Any]:
         return {
             "decision": self.name,
@@ -136,14 +141,25 @@ class Decision:
             "by_loss": self.by_loss,
         }
 
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Decision:
+        accuracy, loss = (
+            {float(c): v for c, v in found[key].items()}
+            for key in ("accuracy_without", "loss_without")
+        )
+        kept, before = found["kept"], found["accuracy_before"]
+        margin = found["margin"], found["margin_se"]
+        return cls(found["decision"], kept, before, accuracy, loss, *margin, found["by_loss"])
+
 
 @dataclass
 class PerturbationSearch:
     """Makes all decisions of a run's space, one after the other.
 
     `alphas` None: fixed uniform (DARTS-PT found it as good as learned). `tune`, if given, trains
-    the supernet on the space that is left, between decisions. `prefixes`, if given, keeps what
-    lies before the perturbed layer; the result is the same without.
+    the supernet on the space that is left, between decisions; it is told those made so far.
+    `prefixes`, if given, keeps what lies before the perturbed layer; the result is the same
+    without.
     """
 
     run: SearchRun
@@ -153,12 +169,20 @@ class PerturbationSearch:
     rule: Rule = "keep"
     order: Order = "as_listed"
     seed: int = 0
-    tune: Callable[[SearchSpace], None] | None = None
+    tune: Callable[[SearchSpace, Sequence[Decision]], None] | None = None
     prefixes: PrefixCache | None = None
     state: OpenChoices = field(init=False)
+    made: list[Decision] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.state = OpenChoices(self.run.net.space, self.alphas)
+
+    def go_on_from(self, made: Sequence[Decision]) -> None:
+        """Take decisions as made (and the tuning after them as done)."""
+        for decision in made:
+            choices = self.state.choices[decision.name]
+            self.state.decide(decision.name, choices.index(decision.kept))
+            self.made.append(decision)
 
     def ordered(self) -> list[str]:
         """Decision names in the order in which they are made."""
@@ -171,23 +195,24 @@ class PerturbationSearch:
         return names
 
     def num_evaluations(self) -> int:
-        """How many evaluations the search needs at most."""
-        sizes = [len(c) for c in self.state.choices.values()]
+        """How many evaluations the search still needs at most."""
+        sizes = [len(c) for c in self.state.open.values()]
         if self.rule == "keep":
             return sum(n + 1 for n in sizes if n > 1)
         return sum(n * (n + 1) // 2 for n in sizes if n > 1)
 
     def decide_all(self, progress: Callable[[], None]) -> Iterator[Decision]:
         """Yield every decision as it is made; `progress` is called after each evaluation."""
-        made = False
+        tuned = True  # or nothing is decided yet
         for name in self.ordered():
             if len(self.state.open[name]) > 1 and not self.state.is_idle(name):
-                if made and self.tune is not None:
-                    self.tune(self.state.restricted_space())
+                if not tuned and self.tune is not None:
+                    self.tune(self.state.restricted_space(), self.made)
                     if self.prefixes is not None:
                         self.prefixes.clear()
-                yield self._decide(name, progress)
-                made = True
+                self.made.append(self._decide(name, progress))
+                tuned = False
+                yield self.made[-1]
 
     def _decide(self, name: str, progress: Callable[[], None]) -> Decision:
         state, choices = self.state, self.state.choices[name]
