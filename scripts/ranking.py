@@ -32,10 +32,11 @@ from vimnas_ds.report.confusion import write_figure
 from vimnas_ds.report.ranking import ranking_figure
 from vimnas_ds.report.search_board import SearchBoard
 from vimnas_ds.search.alone import Trainings, epochs_within, shortened
-from vimnas_ds.search.cli import build_parser, choose_datasets, run_script, say_left_out
+from vimnas_ds.search.cli import build_parser, run_script, say_left_out
+from vimnas_ds.search.objective import parse_objective
 from vimnas_ds.search.ranking import FEWEST, Ranking, build_ranking, choose_archs
 from vimnas_ds.search.run import SearchRun, open_network, open_run
-from vimnas_ds.search.scoring import ArchScorer, EvaluationLog, Scored
+from vimnas_ds.search.scoring import ArchScorer, EvaluationLog, Evaluations, Scored
 from vimnas_ds.space import Arch
 from vimnas_ds.train.ranks import start_ranks
 from vimnas_ds.train.run_files import WEIGHTS_FILE
@@ -71,16 +72,16 @@ def rank(args: argparse.Namespace) -> int:
     check(args)
     run = open_run(args.checkpoint, start_ranks(engine=False), args.set)
     try:
-        datasets = choose_datasets(run, args.datasets)
+        objective = parse_objective(args.datasets, run.datasets)
         archs = choose_archs(run.config, run.net.space, args.count, args.seed)
         trainings = plan(run, args, archs)
         trainings.begin()
         print(f"{len(archs)} sub-networks, {trainings.recipe.vimnas.schedule.epochs} epochs each")
-        log = EvaluationLog(trainings.root / "evaluations.csv", datasets, True)
-        scorer = ArchScorer(run, log, datasets)
-        inherited = scorer.score_all("inherited", archs, lambda: None)
+        log = EvaluationLog(trainings.root / "evaluations.csv", objective.datasets, True)
+        evaluations = Evaluations(run, log, objective, run.files.search_cache)
+        inherited = ArchScorer(evaluations).score_all("inherited", archs, lambda: None)
         trainings.run(trainings.total_steps(run.data.sizes), args.jobs)
-        alone = [score_alone(run, trainings, i, log, datasets) for i in range(len(archs))]
+        alone = [score_alone(evaluations, trainings, i) for i in range(len(archs))]
         found = build_ranking(run.config, archs, inherited, alone, args.seed)
         report(run, args, trainings, found)
         say_left_out(run.left_out())
@@ -122,14 +123,15 @@ def plan(run: SearchRun, args: argparse.Namespace, archs: list[Arch]) -> Trainin
     return trainings(epochs_within(args.steps, lambda e: trainings(e).total_steps(sizes)))
 
 
-def score_alone(
-    run: SearchRun, trainings: Trainings, number: int, log: EvaluationLog, datasets: tuple[str, ...]
-) -> Scored:
-    """A training's own weights on the samples that `run` has decoded."""
+def score_alone(evaluations: Evaluations, trainings: Trainings, number: int) -> Scored:
+    """A training's own weights on the samples that the run has decoded."""
+    run = evaluations.run
     alone = open_network(trainings.checkpoint(number), run.ranks)
-    theirs = replace(run, config=alone.config, checkpoint=alone.checkpoint, net=alone.net)
-    arch = trainings.archs[number]
-    return ArchScorer(theirs, log, datasets).score_all("alone", [arch], lambda: None)[0]
+    theirs = replace(
+        run, config=alone.config, checkpoint=alone.checkpoint, net=alone.net, weights=alone.weights
+    )
+    own = Evaluations(theirs, evaluations.log, evaluations.objective)
+    return ArchScorer(own).score_all("alone", [trainings.archs[number]], lambda: None)[0]
 
 
 def report(run: SearchRun, args: argparse.Namespace, trainings: Trainings, found: Ranking) -> None:

@@ -23,6 +23,7 @@ from vimnas_ds.config import ConfigError, load_config, parse_config
 from vimnas_ds.report.pictures import render
 from vimnas_ds.report.ranking import ranking_figure
 from vimnas_ds.search.alone import TrainingFailed, Trainings, epochs_within, shortened
+from vimnas_ds.search.objective import parse_objective
 from vimnas_ds.search.ranking import MEAN, agreement, build_ranking, choose_archs
 from vimnas_ds.search.scoring import Scored
 from vimnas_ds.space import SPACES, Arch
@@ -126,7 +127,7 @@ def scored(correct: dict[str, list[int]], left_out: str = "") -> Scored:
         names, values = zip(*kept, strict=True)
         tensor = torch.tensor(values, dtype=torch.float64)
         outcomes[dataset] = Outcomes(tensor, tensor, tensor, names)
-    return Scored(outcomes)
+    return Scored(outcomes, parse_objective(None, list(outcomes)))
 
 
 def test_datasets_count_alike_and_only_on_common_samples(tmp_path):

@@ -26,6 +26,11 @@ def decisions(space: SearchSpace) -> dict[str, tuple[float, ...]]:
     return found
 
 
+def layer_of(name: str) -> int | None:
+    """The layer that a decision belongs to; None for embed_dim and depth."""
+    return int(name[name.index("[") + 1 : -1]) if "[" in name else None
+
+
 def one_hot(space: SearchSpace, arch: Arch) -> dict[str, Tensor]:
     """Probabilities that are certain of `arch` (layers beyond its depth: their first choice)."""
     chosen: dict[str, float] = {"embed_dim": arch.embed_dim, "depth": arch.depth}

@@ -96,16 +96,32 @@ class Block(nn.Module):
         return x + drop_path(y, drop_rate, self.training)
 
     def forward_superposed(
-        self, x: Tensor, embed_mass: Tensor, head_mass: Tensor, hidden_mass: Tensor
+        self,
+        x: Tensor,
+        embed_mass: Tensor,
+        head_mass: Tensor,
+        hidden_mass: Tensor,
+        first: int = 0,
+        stop: int = 2,
     ) -> Tensor:
-        """x (B, N, D) at full width; masses (D,), (H,), (F,) in float32; no weight gradients."""
+        """x (B, N, D) at full width; masses (D,), (H,), (F,) in float32; no weight gradients.
+
+        The branches `first` to before `stop` alone: 0 is attention, 1 the MLP.
+        """
+        if first == 0:
+            x = self.superposed_attention(x, embed_mass, head_mass)
+        return self.superposed_mlp(x, embed_mass, hidden_mass) if stop == 2 else x
+
+    def superposed_attention(self, x: Tensor, embed_mass: Tensor, head_mass: Tensor) -> Tensor:
         qkv = self.attn.qkv.forward_frozen(self.norm1.forward_frozen(x, embed_mass))
         q, k, v = (split_heads(y, self.head_dim) for y in qkv.chunk(3, -1))
         if self.qk_norm:
             q, k = self.attn.q_norm.forward_frozen(q), self.attn.k_norm.forward_frozen(k)
         # masses stay in float32: bf16 would round most of a small alpha step away
         y = self.attn.proj.forward_frozen(head_gate(merge_heads(attention(q, k, v)), head_mass))
-        x = x + (self.ls1.forward_frozen(y) if self.layer_scale else y)
+        return x + (self.ls1.forward_frozen(y) if self.layer_scale else y)
+
+    def superposed_mlp(self, x: Tensor, embed_mass: Tensor, hidden_mass: Tensor) -> Tensor:
         y = self.mlp.fc1.forward_frozen(self.norm2.forward_frozen(x, embed_mass))
         y = self.mlp.fc2.forward_frozen(gated_gelu(y, hidden_mass))
         return x + (self.ls2.forward_frozen(y) if self.layer_scale else y)

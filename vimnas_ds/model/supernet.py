@@ -11,6 +11,7 @@ the mean over tokens after the last norm.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,14 @@ from vimnas_ds.model.tokens import Tokens
 from vimnas_ds.ops.gates import hidden_mass, leading_mass
 from vimnas_ds.space import Arch, SearchSpace
 from vimnas_ds.tubes import TokenGeometry
+
+
+class Superposed(NamedTuple):
+    """The superposed network on its way: every layer is two places, attention and MLP."""
+
+    place: int  #: branches behind it: 2l is before layer l's attention, 2l + 1 before its MLP
+    x: Tensor  #: (B, N, D) at full width
+    ends: Mapping[int, Tensor]  #: what x was after each depth that will be mixed, ascending
 
 
 class Supernet(nn.Module):
@@ -91,13 +100,28 @@ class Supernet(nn.Module):
         One full-width pass: W_mix = sum_k p_k PAD(W[:, :k]) acts once, as gates on activations.
         With one-hot probabilities this is `forward` of that sub-network.
         """
+        depths: Sequence[int] = self.space.depth
+        if not torch.is_grad_enabled():  # a depth of no probability has a gradient
+            shares = probabilities["depth"].tolist()
+            depths = [d for d, share in zip(depths, shares, strict=True) if share > 0]
+        state = self.advance(self.start(x), probabilities, depths, 2 * depths[-1])
+        return self.finish(state, probabilities, dataset)
+
+    def start(self, x: Tensor) -> Superposed:
+        """The superposed network's tokens, before its first layer: no decision has acted yet."""
+        return Superposed(0, self.tokens(x, self.space.max_embed_dim, frozen=True), {})
+
+    def advance(
+        self, state: Superposed, probabilities: Probabilities, depths: Sequence[int], place: int
+    ) -> Superposed:
+        """On to `place`, if it is not there already, keeping the states after `depths` (those that
+        will be mixed) alone."""
         space, p = self.space, probabilities
-        width = space.max_embed_dim
-        embed = leading_mass(p["embed_dim"], space.embed_dim, width)
-        x = self.tokens(x, width, frozen=True)
-        mixed: Tensor | None = None
-        for layer, block in enumerate(self.blocks):
-            heads = space.num_heads[layer]
+        embed = leading_mass(p["embed_dim"], space.embed_dim, space.max_embed_dim)
+        x = state.x
+        ends = {depth: end for depth, end in state.ends.items() if depth in depths}
+        for layer in range(state.place // 2, (place + 1) // 2):
+            block, heads = self.blocks[layer], space.num_heads[layer]
             masses = (
                 embed,
                 leading_mass(p[f"num_heads[{layer}]"], heads, heads[-1]),
@@ -109,15 +133,25 @@ class Supernet(nn.Module):
                     space.hidden_dims(layer)[-1],
                 ),
             )
+            part = max(state.place - 2 * layer, 0), min(place - 2 * layer, 2)
             if self.options.activation_checkpointing:
-                x = checkpoint(block.forward_superposed, x, *masses, use_reentrant=False)
+                x = checkpoint(block.forward_superposed, x, *masses, *part, use_reentrant=False)
             else:
-                x = block.forward_superposed(x, *masses)
-            if layer + 1 in space.depth:
-                part = x.float() * p["depth"][space.depth.index(layer + 1)]
-                mixed = part if mixed is None else mixed + part
+                x = block.forward_superposed(x, *masses, *part)
+            if part[1] == 2 and layer + 1 in depths:
+                ends[layer + 1] = x
+        return Superposed(max(state.place, place), x, ends)
+
+    def finish(self, state: Superposed, probabilities: Probabilities, dataset: str) -> Tensor:
+        """Logits of the mixture over the depths that `state` holds."""
+        space, p = self.space, probabilities
+        mixed: Tensor | None = None
+        for depth, end in state.ends.items():
+            part = end.float() * p["depth"][space.depth.index(depth)]
+            mixed = part if mixed is None else mixed + part
         assert mixed is not None
-        pooled = self.norm.forward_frozen(mixed, embed).to(x.dtype).mean(1)
+        embed = leading_mass(p["embed_dim"], space.embed_dim, space.max_embed_dim)
+        pooled = self.norm.forward_frozen(mixed, embed).to(state.x.dtype).mean(1)
         return self.heads[dataset].forward_frozen(pooled)
 
     @torch.no_grad()

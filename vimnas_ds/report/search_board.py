@@ -6,42 +6,13 @@ next one of its kind: `tensorboard --logdir RUN/tensorboard` shows training and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch.utils.tensorboard import SummaryWriter
 
 from vimnas_ds.report.pictures import render
-
-
-def drops_figure(drops: Sequence[tuple[str, Mapping[float, float], float]]) -> Figure:
-    """Rows: decisions in the order made, (name, accuracy drop by choice, choice kept); the drop in
-    points in each cell, the kept choice framed."""
-    widest = max(len(d) for _, d, _ in drops)
-    most = max(abs(v) for _, d, _ in drops for v in d.values()) or 1.0
-    height = max(2.5, 0.9 + 0.32 * len(drops))
-    figure = Figure(figsize=(3.2 + 1.1 * widest, height), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    grid = [[*d.values(), *[math.nan] * (widest - len(d))] for _, d, _ in drops]
-    image = axes.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-    for row, (_, drop, kept) in enumerate(drops):
-        for column, (choice, value) in enumerate(drop.items()):
-            text = f"{choice:g}: {100 * value:+.2f}"
-            weight = "bold" if choice == kept else "normal"
-            ink = "white" if abs(value) > 0.6 * most else "black"
-            label = axes.text(column, row, text, ha="center", va="center", fontsize=8)
-            label.set(color=ink, weight=weight)
-            if choice == kept:
-                corner = (column - 0.48, row - 0.46)
-                axes.add_patch(Rectangle(corner, 0.96, 0.92, fill=False, linewidth=1.6))
-    axes.set_yticks(range(len(drops)), [name for name, _, _ in drops], fontsize=8)
-    axes.set_xticks([])
-    axes.set_title("accuracy lost without a choice (points); framed: kept", fontsize=10)
-    figure.colorbar(image, ax=axes, label="drop", shrink=0.8)
-    return figure
 
 
 def candidates_figure(

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vimnas_ds.model.alphas import decisions
+from vimnas_ds.model.alphas import decisions, layer_of
+from vimnas_ds.search.prefix import PrefixCache
 from vimnas_ds.search.scoring import Candidate, Evaluations, Scored, paired_difference
 from vimnas_ds.space import Arch, SearchSpace
 
@@ -64,10 +65,8 @@ class OpenChoices:
 
     def is_idle(self, name: str) -> bool:
         """Whether the decision is of a layer beyond every depth still open."""
-        if "[" not in name:
-            return False
-        layer = int(name[name.index("[") + 1 : -1])
-        return layer >= max(self.space.depth[i] for i in self.open["depth"])
+        layer = layer_of(name)
+        return layer is not None and layer >= max(self.space.depth[i] for i in self.open["depth"])
 
     def arch(self) -> Arch:
         """The architecture, once every decision (of the layers it has) is made."""
@@ -120,6 +119,11 @@ class Decision:
         """Whether the margin is below two of its standard errors."""
         return self.margin <= 2 * self.margin_se
 
+    @property
+    def note(self) -> str:
+        """Why the margin decides nothing; empty if it does."""
+        return "tie" if self.tied else "within noise" if self.in_noise else ""
+
     def to_json(self) -> dict[str, Any]:
         return {
             "decision": self.name,
@@ -134,13 +138,25 @@ class Decision:
             "tied": self.tied,
         }
 
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Decision:
+        accuracy, loss, drop = (
+            {float(c): v for c, v in found[key].items()}
+            for key in ("accuracy_without", "loss_without", "drop")
+        )
+        kept, before = found["kept"], found["accuracy_before"]
+        margin = found["margin"], found["margin_se"]
+        return cls(found["decision"], kept, before, accuracy, loss, drop, *margin, found["tied"])
+
 
 @dataclass
 class PerturbationSearch:
     """Makes all decisions of a space, one after the other.
 
     `alphas` None: fixed uniform (DARTS-PT found it as good as learned). `tune`, if given, trains
-    the supernet on the space that is left, between decisions.
+    the supernet on the space that is left, between decisions; it is told those made so far.
+    `prefixes`, if given, keeps what lies before the perturbed layer; the result is the same
+    without.
     """
 
     evaluations: Evaluations
@@ -148,11 +164,20 @@ class PerturbationSearch:
     rule: Rule = "keep"
     order: Order = "as_listed"
     seed: int = 0
-    tune: Callable[[SearchSpace], None] | None = None
+    tune: Callable[[SearchSpace, Sequence[Decision]], None] | None = None
+    prefixes: PrefixCache | None = None
     state: OpenChoices = field(init=False)
+    made: list[Decision] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.state = OpenChoices(self.evaluations.run.net.space, self.alphas)
+
+    def go_on_from(self, made: Sequence[Decision]) -> None:
+        """Take decisions as made (and the tuning after them as done)."""
+        for decision in made:
+            choices = self.state.choices[decision.name]
+            self.state.decide(decision.name, choices.index(decision.kept))
+            self.made.append(decision)
 
     def ordered(self) -> list[str]:
         """Decision names in the order in which they are made."""
@@ -165,21 +190,25 @@ class PerturbationSearch:
         return names
 
     def num_evaluations(self) -> int:
-        """How many evaluations the search needs at most."""
-        sizes = [len(c) for c in self.state.choices.values()]
+        """How many evaluations the search still needs at most."""
+        sizes = [len(c) for c in self.state.open.values()]
         if self.rule == "keep":
             return sum(n + 1 for n in sizes if n > 1)
         return sum(n * (n + 1) // 2 for n in sizes if n > 1)
 
     def decide_all(self, progress: Callable[[], None]) -> Iterator[Decision]:
         """Yield every decision as it is made; `progress` is called after each evaluation."""
-        made = False
+        tuned = True  # or nothing is decided yet
         for name in self.ordered():
             if len(self.state.open[name]) > 1 and not self.state.is_idle(name):
-                if made and self.tune is not None:
-                    self.tune(self.state.restricted_space())
-                yield self._decide(name, progress)
-                made = True
+                if not tuned and self.tune is not None:
+                    self.tune(self.state.restricted_space(), self.made)
+                    self.evaluations.forget()
+                    if self.prefixes is not None:
+                        self.prefixes.clear()
+                self.made.append(self._decide(name, progress))
+                tuned = False
+                yield self.made[-1]
 
     def _decide(self, name: str, progress: Callable[[], None]) -> Decision:
         state, choices = self.state, self.state.choices[name]
@@ -216,13 +245,16 @@ class PerturbationSearch:
     ) -> list[Scored]:
         """Scores without each option (None: with all that is open), shared among the ranks."""
         run = self.evaluations.run
-        candidates = []
+        candidates, before = [], self.state.probabilities()
         for option in options:
-            probabilities = self.state.probabilities(None if option is None else (name, option))
+            after = before if option is None else self.state.probabilities((name, option))
             gone = "nothing" if option is None else f"{self.state.choices[name][option]:g}"
-            p = {k: v.to(run.ranks.device) for k, v in probabilities.items()}
-            forward = partial(run.net.superposed, probabilities=p)
-            candidates.append(Candidate(_key(probabilities), f"without {gone}", forward))
+            if self.prefixes is not None:
+                forward = self.prefixes.forward(name, before, after)
+            else:
+                p = {k: v.to(run.ranks.device) for k, v in after.items()}
+                forward = partial(run.net.superposed, probabilities=p)
+            candidates.append(Candidate(_key(after), f"without {gone}", forward))
         return self.evaluations.score_all(name, candidates, progress)
 
 

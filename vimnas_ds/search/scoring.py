@@ -170,6 +170,10 @@ class Evaluations:
     def datasets(self) -> tuple[str, ...]:
         return self.objective.datasets
 
+    def forget(self) -> None:
+        """The weights have changed: nothing is known of them, and they are no checkpoint's."""
+        self._files = {name: self._open(name, None) for name in self.datasets}
+
     def score_all(
         self,
         what: str,

@@ -1,7 +1,8 @@
 """Tuning between decisions: a few training steps on the space that is left, same engine, same step.
 
-The engine starts from the checkpoint's weights with fresh moments (so any number of ranks can run
-it), and the data goes on from the checkpoint's cursor. The learning rate is constant (ours: a
+The engine starts from the checkpoint's weights (so any number of ranks can run it), every tuning
+with fresh moments (so weights and cursor are all its state), and the data goes on from the
+checkpoint's cursor. The learning rate is constant (ours: a
 tenth of the run's peak); DARTS-PT tunes the weights only, so alphas stay. Drop path and mixup draw
 by rank, so a tuned search repeats on the same number of ranks only.
 """
@@ -9,7 +10,10 @@ by rank, so a tuned search repeats on the same number of ranks only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
 
 from vimnas_ds.config import ConfigError
 from vimnas_ds.data.joint import Loaders
@@ -32,7 +36,6 @@ class Tuner:
         if steps < 1 or not 0 < lr < math.inf:
             raise ConfigError(f"tuning needs steps >= 1 and a rate > 0, got {steps} and {lr}")
         self.run, self.steps, self.lr, self.progress = run, steps, lr, progress
-        self.skipped_in_a_row = 0
         run.net.float().requires_grad_(True)
         self.engine = build_engine(config, ranks, run.net)
         run.net = self.engine.net.eval()
@@ -46,6 +49,8 @@ class Tuner:
 
     def __call__(self, space: SearchSpace) -> None:
         self.drawer.space = space
+        self.engine.optimizer.forget()
+        self.skipped_in_a_row = 0
         self.run.net.train()
         for _ in range(self.steps):
             context = self.drawer.draw()
@@ -59,6 +64,20 @@ class Tuner:
             self.drawer.advance(context)
             self.progress()
         self.run.net.eval()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tuned weights in float32, on rank 0 alone. Collective."""
+        return self.engine.weights(keep=self.run.ranks.is_main)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """The place in the data, as JSON takes it."""
+        return self.drawer.position.state_dict()
+
+    def restore(self, weights: Mapping[str, Tensor], position: Mapping[str, Any]) -> None:
+        """Go on from what `weights` and `position` were."""
+        self.engine.set_weights(weights)
+        self.drawer.position = DataCursor.from_state(position)
 
     def close(self) -> None:
         self.loaders.close()

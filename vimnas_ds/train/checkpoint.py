@@ -10,7 +10,6 @@ weights, alphas and the position as plain safetensors and JSON, for every tool t
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -20,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
+from vimnas_ds.durable import flush, publish_folder
 from vimnas_ds.train.engine import Engine
 from vimnas_ds.train.ranks import Ranks, gather_objects
 from vimnas_ds.train.run_files import (
@@ -33,14 +32,6 @@ from vimnas_ds.train.run_files import (
 )
 
 STATE_KEY = "vimnas"  # DeepSpeed keeps its own state in the same dictionary
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _rng_state() -> dict[str, Any]:
@@ -80,27 +71,15 @@ def save_checkpoint(
         str(root), tag=hidden, client_state={STATE_KEY: state}, save_latest=False
     )
     for shard in (root / hidden).glob(f"*pp_rank_{ranks.rank}_*optim_states.pt"):
-        _fsync(shard)  # by its writer: elsewhere it may still be in another machine's cache
-    weights = {}  # the fp32 masters, gathered parameter by parameter from their owners
-    for name, parameter in engine.net.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        if ranks.is_main:
-            weights[name] = full.float()
+        flush(shard)  # by its writer: elsewhere it may still be in another machine's cache
+    weights = engine.weights(keep=ranks.is_main)
     dist.barrier()  # every shard is written
     if ranks.is_main:
-        save_file(_contiguous(weights), str(root / hidden / WEIGHTS_FILE))
+        save_file(weights, str(root / hidden / WEIGHTS_FILE))
         save_file(_contiguous(state["learner"]["alphas"]), str(root / hidden / ALPHAS_FILE))
         (root / hidden / POSITION_FILE).write_text(json.dumps(state["position"], indent=2))
-        for file in (root / hidden).iterdir():
-            _fsync(file)
-        replaced = root / f".old-{tag}"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if (root / tag).exists():  # a resumed run reached a step that was saved before
-            (root / tag).rename(replaced)
-        (root / hidden).rename(root / tag)
-        _fsync(root)
+        publish_folder(root / hidden, root / tag)
         _write_latest(root, tag)
-        shutil.rmtree(replaced, ignore_errors=True)
         saved = sorted(p for p in root.glob("step*") if p.is_dir() and p.name != tag)
         for old in saved[: max(len(saved) - keep + 1, 0)]:
             shutil.rmtree(old)
@@ -115,9 +94,9 @@ def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _write_latest(root: Path, tag: str) -> None:
     fresh = root / "latest.new"
     fresh.write_text(tag)
-    _fsync(fresh)
+    flush(fresh)
     fresh.replace(root / "latest")
-    _fsync(root)
+    flush(root)
 
 
 def load_checkpoint(path: Path, engine: Engine, ranks: Ranks) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,28 @@ class Engine:
     def was_applied(self) -> bool:
         """Whether the last step changed weights (false: non-finite gradients, all ranks agree)."""
         return bool(self.deepspeed.was_step_applied())
+
+    def weights(self, keep: bool) -> dict[str, torch.Tensor]:
+        """The fp32 masters on the CPU, gathered parameter by parameter from their owners; nothing
+        on ranks that do not `keep` them. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found = {}
+        for name, parameter in self.net.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            if keep:
+                found[name] = full.detach().float().cpu().contiguous()
+        return found
+
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Masters and network, from what `weights` gave."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.net.named_parameters():
+            full = weights[name].to(parameter.device)
+            safe_set_full_fp32_param(parameter, full)
+            parameter.copy_(full)
 
     def weight_step(self, loss: torch.Tensor) -> None:
         """Backward and update; `optimizer.activate` must have been called."""

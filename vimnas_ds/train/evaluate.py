@@ -59,6 +59,7 @@ class Evaluator:
         self.loaders, self.ranks, self.dtype, self.batch = loaders, ranks, dtype, batch
         self._room = cache_mb * 2**20
         self._kept: dict[tuple[str, str], list[Batch]] = {}
+        self.files: tuple[str, ...] = ()  #: of the batch whose logits are being asked for
         self.skipped: dict[str, dict[str, str]] = {}  #: dataset -> unusable file -> reason
 
     def _batches(self, dataset: str, split: str) -> Iterator[Batch]:
@@ -104,6 +105,7 @@ class Evaluator:
         names: tuple[str, ...] = ()
         for batch in self._batches(dataset, split):
             x, y = batch.x.to(self.ranks.device, self.dtype), batch.y.to(self.ranks.device)
+            self.files = batch.names
             names += batch.names
             for label, forward in forwards.items():
                 logits = forward(x).float()

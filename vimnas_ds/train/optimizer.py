@@ -226,6 +226,15 @@ class SampledAdamW(torch.optim.Optimizer):
         """The cells' update counts (not part of DeepSpeed's own optimiser state)."""
         return {name: torch.from_numpy(count.copy()) for name, count in self.counts.items()}
 
+    def forget(self) -> None:
+        """Moments and counts as at the start."""
+        for flat in self._names:
+            self.state[flat]["step"] = 0
+            self.state[flat]["exp_avg"].zero_()
+            self.state[flat]["exp_avg_sq"].zero_()
+        for count in self.counts.values():
+            count[:] = 0
+
     def load_counts(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when the counts are of another space."""
         for name, count in self.counts.items():
