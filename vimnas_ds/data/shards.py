@@ -205,7 +205,7 @@ class Shards:
             BadFile: it cannot be read, is damaged, or is not in the shards.
         """
         key = path.encode(*LOSSLESS)
-        row = bisect_left(self._paths, key, key=pa.Scalar.as_py)
+        row = bisect_left(self._paths, key, key=pa.BinaryScalar.as_py)
         if row == len(self._paths) or self._paths[row].as_py() != key:
             raise BadFile(path, "not in the shards")
         shard = int(self._shard[row])
