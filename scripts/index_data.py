@@ -111,7 +111,7 @@ def choose(args: argparse.Namespace) -> tuple[str, DatasetSection, Path]:
         given["layout"] = recognise_layout(root / given["annotations"])
         print(f"{name}: {given['annotations']} is read as layout {given['layout']}")
     try:
-        section = DatasetSection.model_validate({**values, **given})
+        section = DatasetSection.model_validate({**values, **given, "shards": None})
     except ValidationError as error:
         messages = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
         raise ConfigError(f"{name}: {'; '.join(messages)}") from error

@@ -110,6 +110,9 @@ class DatasetSection(Section):
 
     kind: Literal["image", "video"] = Field(description="Images (B, 3, H, W) or clips")
     root: Path | None = Field(None, description="Folder of the data; must be set to train")
+    shards: Path | None = Field(
+        None, description="Folder that scripts/make_shards.py wrote, read in place of the root"
+    )
     layout: Layout = Field(
         "folders",
         description="folders: root/TRAIN/CLASS/FILE and root/TEST/CLASS/FILE; csv: an annotation "
@@ -197,6 +200,11 @@ class DatasetSection(Section):
     @property
     def is_image(self) -> bool:
         return self.kind == "image"
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the data are read from."""
+        return self.shards or self.root
 
     @property
     def flip(self) -> bool:

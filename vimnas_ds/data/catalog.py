@@ -3,7 +3,7 @@
 A `Catalog` is the sorted list of (path, label) of the official training and test splits. It comes
 from folder names or annotations (`layouts`, `kinetics`, `imagenet`). Folders are listed once each,
 so that a listing of half a million names costs seconds, and annotated files that are not on the
-disk are counted and named instead of used.
+disk are counted and named instead of used. Shards bring their listing with them (`shards`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vimnas_ds.data.imagenet import list_imagenet
 from vimnas_ds.data.kinetics import list_kinetics
 from vimnas_ds.data.layouts import list_csv, list_folders, list_lists, list_ssv2
 from vimnas_ds.data.listing import Listing, Sample
+from vimnas_ds.data.shards import list_shards
 
 __all__ = ["Catalog", "Sample", "scan_dataset"]
 
@@ -66,16 +67,18 @@ def scan_dataset(name: str, section: DatasetSection) -> Catalog:
         DataMissing: the root is not set or not there, or a split has no file on the disk.
         BadAnnotations: more classes than `num_classes`, or annotations that cannot be understood.
     """
-    key = f"vimnas.data.{name}.root"
-    if section.root is None:
+    key = f"vimnas.data.{name}." + ("root" if section.shards is None else "shards")
+    folder = section.folder
+    if folder is None:
         raise DataMissing(f"{name}: no data folder; set {key}")
-    if not section.root.is_dir():
-        raise DataMissing(f"{name}: {section.root} is not a folder; set {key}")
+    if not folder.is_dir():
+        raise DataMissing(f"{name}: {folder} is not a folder; set {key}")
+    list_files = LAYOUTS[section.layout] if section.shards is None else list_shards
     try:
-        found = LAYOUTS[section.layout](name, section, section.root)
+        found = list_files(name, section, folder)
     except OSError as error:
         raise DataMissing(
-            f"{name}: cannot list {error.filename or section.root}: {error.strerror}"
+            f"{name}: cannot list {error.filename or folder}: {error.strerror}"
         ) from error
     if len(found.class_names) > section.num_classes:
         raise BadAnnotations(
@@ -91,12 +94,12 @@ def scan_dataset(name: str, section: DatasetSection) -> Catalog:
             shown = ", ".join(s.path for s in absent[:3])
             note = f" ({len(absent)} annotated files are missing: {shown}, ...)"
             raise DataMissing(
-                f'{name}: no usable file in the split "{split}" of {section.root}'
+                f'{name}: no usable file in the split "{split}" of {folder}'
                 f"{note if absent else ''}; check {key}"
             )
     return Catalog(
         name=name,
-        root=section.root,
+        root=folder,
         class_names=found.class_names,
         train=_ordered(found.train),
         test=_ordered(found.test),

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import av
 import numpy as np
@@ -27,6 +26,7 @@ from av.error import FFmpegError
 from numpy.typing import NDArray
 
 from vimnas_ds.data.bad import BadVideo
+from vimnas_ds.data.blob import Blob, Media
 from vimnas_ds.data.convert import Converter
 from vimnas_ds.data.packets import packet_times, until_error
 from vimnas_ds.data.sampling import Cut, frame_times
@@ -43,7 +43,7 @@ Pixels = NDArray[np.uint8]
 
 
 def read_clip(
-    path: Path,
+    path: Media,
     frames: int,
     fps: float,
     start: float,
@@ -77,7 +77,7 @@ def read_clip(
 
 
 def _read_promised(
-    path: Path,
+    path: Media,
     frames: int,
     fps: float,
     start: float,
@@ -97,10 +97,12 @@ def _read_promised(
 
 
 @contextmanager
-def open_video(path: Path) -> Iterator[av.container.InputContainer]:
+def open_video(path: Media) -> Iterator[av.container.InputContainer]:
     """Opens a file that has a video stream; FFmpeg's errors inside become `BadVideo`."""
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        # "file:", because FFmpeg takes a bare a:b.mp4 for an address
+        opened = path.stream() if isinstance(path, Blob) else f"file:{path.absolute()}"
+        with av.open(opened, metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise BadVideo(str(path), "no video stream")
             stream = container.streams.video[0]
@@ -135,7 +137,7 @@ def _header(
     return first, duration if credible else None
 
 
-def scan(container: av.container.InputContainer, path: Path) -> tuple[float, float]:
+def scan(container: av.container.InputContainer, path: Media) -> tuple[float, float]:
     """(time of the first frame, duration) in seconds from every packet's timestamp; rewinds."""
     found = packet_times(container, path)
     container.seek(0, backward=True)
@@ -145,7 +147,7 @@ def scan(container: av.container.InputContainer, path: Path) -> tuple[float, flo
 def _read(
     container: av.container.InputContainer,
     stream: av.VideoStream,
-    path: Path,
+    path: Media,
     times: NDArray[np.float64],
     end: float | None,
     cut: Callable[[int, int], Cut] | None,
@@ -199,7 +201,7 @@ def _confirmed(fill: _Fill, skipper: Skipper | None) -> Pixels:
 def decoded_frames(
     container: av.container.InputContainer,
     stream: av.VideoStream,
-    path: Path,
+    path: Media,
     skipper: Skipper | None = None,
 ) -> Iterator[tuple[av.VideoFrame, float]]:
     """Frames in display order with their times in seconds; damaged packets are passed over, and

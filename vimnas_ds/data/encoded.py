@@ -8,7 +8,6 @@ list, codecs it lacks) is left to PyAV: the answer is None.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vimnas_ds.data.bad import BadVideo
+from vimnas_ds.data.blob import Media
 from vimnas_ds.data.convert import orientation
 from vimnas_ds.data.decode import TOLERANCE, decoded_frames, open_video
 from vimnas_ds.data.listing import VideoFacts
@@ -36,14 +36,14 @@ class EncodedClip(NamedTuple):
 
 
 def read_indexed(
-    path: Path, facts: VideoFacts, frames: int, fps: float, start: float
+    path: Media, facts: VideoFacts, frames: int, fps: float, start: float
 ) -> EncodedClip | None:
     """As `read_encoded`, with what the index knows: the file is read once and not parsed.
 
     None if the file is no longer the one that was probed: `read_encoded` can tell what it is.
     """
     try:
-        data = np.fromfile(path, np.uint8)
+        data = np.frombuffer(path.read_bytes(), np.uint8)
     except OSError as error:
         raise BadVideo(str(path), error.strerror or str(error)) from error
     if len(data) != facts.size:
@@ -53,7 +53,7 @@ def read_indexed(
     return EncodedClip(data, chosen, facts.width, facts.height)
 
 
-def read_encoded(path: Path, frames: int, fps: float, start: float) -> EncodedClip | None:
+def read_encoded(path: Media, frames: int, fps: float, start: float) -> EncodedClip | None:
     """A clip's bytes and frame numbers; None if PyAV should decode this file.
 
     Args and errors as `decode.read_clip`.
@@ -64,12 +64,12 @@ def read_encoded(path: Path, frames: int, fps: float, start: float) -> EncodedCl
             return None
         times, frame = found
         chosen = _numbers(np.array(times.begins), times.duration, frames, fps, start)
-        data = np.fromfile(path, np.uint8)
+        data = np.frombuffer(path.read_bytes(), np.uint8)
     return EncodedClip(data, chosen, frame.width, frame.height)
 
 
 def countable(
-    container: av.container.InputContainer, path: Path
+    container: av.container.InputContainer, path: Media
 ) -> tuple[PacketTimes, av.VideoFrame] | None:
     """The times of all frames and the first one; None if the GPU's decoder cannot be trusted to
     decode and count them."""

@@ -9,7 +9,6 @@ that DALI's CPU and GPU decoders may treat differently are handed over as plain 
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vimnas_ds.data.bad import BadFile
+from vimnas_ds.data.blob import Media
 
 EXIF_ORIENTATION = 0x0112
 #: (format, mode) pairs that go to DALI as they are.
@@ -31,7 +31,7 @@ class EncodedImage(NamedTuple):
     height: int
 
 
-def read_image(path: Path, verify: bool, transcode: bool = False) -> EncodedImage:
+def read_image(path: Media, verify: bool, transcode: bool = False) -> EncodedImage:
     """Reads one image file without decoding it for use.
 
     Args:

@@ -1,7 +1,8 @@
 """What training takes from an index: one is built if there is none, one that does not fit refused.
 
 The listing is made anew (cheap) and must be the one the index was made from; every file must have
-the size and time it had. What changed is named together with the command that mends it.
+the size and time it had. What changed is named together with the command that mends it. Shards have
+both in one folder.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from vimnas_ds.data.index_file import (
 from vimnas_ds.data.listing import Sample, VideoFacts
 from vimnas_ds.data.probe import CUT, MISSING, UNREADABLE, USABLE, Verdict
 from vimnas_ds.data.probe_pool import ProbeLimits
+from vimnas_ds.data.shards import INDEX, MEMBERS
 
 #: Keys of a dataset's section that decide what its listing is.
 LISTING_KEYS = ("kind", "layout", *LAYOUT_FILES, "train_split", "test_split")
@@ -45,7 +47,8 @@ class Indexed:
 
 def index_path(section: DataSection, name: str) -> Path:
     """Where the index of a dataset is."""
-    return section.index_dir / f"{name}.parquet"
+    shards = section.datasets[name].shards
+    return section.index_dir / f"{name}.parquet" if shards is None else shards / INDEX
 
 
 def open_index(name: str, catalog: Catalog, section: DataSection, build: bool = True) -> Indexed:
@@ -61,7 +64,7 @@ def open_index(name: str, catalog: Catalog, section: DataSection, build: bool = 
         DataMissing: the index cannot be written, or a split has no usable file.
     """
     dataset, file = section.datasets[name], index_path(section, name)
-    if not file.exists():
+    if dataset.shards is None and not file.exists():
         if not build:
             return Indexed(catalog, {})
         with locked(file):
@@ -72,8 +75,15 @@ def open_index(name: str, catalog: Catalog, section: DataSection, build: bool = 
                 workers = section.workers or len(os.sched_getaffinity(0))  # other ranks wait
                 build_index(name, dataset, file, ProbeLimits(workers))
     header = read_header(file)
-    _check_header(name, dataset, file, header)
     rows = {row.path: row for row in read_rows(file)}
+    if dataset.shards is not None:
+        if header.listing != listing_digest(catalog):
+            raise UnfitIndex(
+                f"{name}: {file} and {MEMBERS} beside it were not written together; copy both "
+                f"there again, or make the shards anew: scripts/make_shards.py --overwrite"
+            )
+        return _without_unusable(catalog, rows, dataset)
+    _check_header(name, dataset, file, header)
     if header.listing != listing_digest(catalog):
         raise _unfit(name, file, [], _listing_changes(catalog, rows))
     _check_files(name, file, catalog, rows)

@@ -139,19 +139,18 @@ def build_index(
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[None]:
+def locked(
+    file: Path, remedy: str = "set vimnas.data.index_dir to a folder that can be written"
+) -> Iterator[None]:
     """One process at a time works at `file`; the others wait here.
 
-    Raises DataMissing if the folder cannot be written.
+    Raises DataMissing, with what helps, if the folder cannot be written.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.with_name(file.name + ".lock").open("w")
     except OSError as error:
-        raise DataMissing(
-            f"cannot write in {file.parent}: {error.strerror}; set vimnas.data.index_dir to a "
-            "folder that can be written"
-        ) from error
+        raise DataMissing(f"cannot write in {file.parent}: {error.strerror}; {remedy}") from error
     with lock:
         begun, said = time.monotonic(), False
         while True:
@@ -162,12 +161,11 @@ def locked(file: Path) -> Iterator[None]:
                 time.sleep(0.1)
             except OSError as error:
                 raise DataMissing(
-                    f"{file.parent} does not support file locks ({error.strerror}); set "
-                    "vimnas.data.index_dir to another folder"
+                    f"{file.parent} does not support file locks ({error.strerror}); {remedy}"
                 ) from error
             if not said and time.monotonic() - begun > 10:
                 said = True
-                print(f"waiting for another process that indexes {file}", file=sys.stderr)  # noqa: T201
+                print(f"waiting for another process that works at {file}", file=sys.stderr)  # noqa: T201
         yield
 
 

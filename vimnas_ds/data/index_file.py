@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from vimnas_ds.data.bad import UnfitIndex
 from vimnas_ds.data.catalog import Catalog
-from vimnas_ds.data.listing import Sample
+from vimnas_ds.data.listing import LOSSLESS, Sample
 from vimnas_ds.data.probe import Verdict
 from vimnas_ds.data.timeline import Timeline
 
@@ -106,10 +106,6 @@ def listing_digest(catalog: Catalog) -> str:
     for split, sample, there in listed(catalog):
         digest.update(f"{split} {there:d} {sample.label} {sample.path}\0".encode(*LOSSLESS))
     return digest.hexdigest()
-
-
-#: How a file name that is no UTF-8 is encoded.
-LOSSLESS = ("utf-8", "surrogateescape")
 
 
 def stored(path: str) -> str:

@@ -16,6 +16,9 @@ VIDEO_SUFFIXES = frozenset(
     ".mp4 .webm .mkv .avi .mov .m4v .mpg .mpeg .wmv .flv .3gp .ts .ogv".split()
 )
 
+#: How a file name that is no UTF-8 is encoded.
+LOSSLESS = ("utf-8", "surrogateescape")
+
 
 class VideoFacts(NamedTuple):
     """What the index knows of a sound video that the GPU can decode: upright size, timestamps.

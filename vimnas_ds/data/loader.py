@@ -163,7 +163,7 @@ class TrainLoader:
         too_many = self.bad_count > self._max_bad_share * self.seen and self.seen >= MIN_SEEN
         if too_many or made.batch is None or len(made.batch.names) < len(made.ready):
             raise TooManyBadFiles(
-                self.name, self.bad_count, self.seen, self.substitutions, self._section.root
+                self.name, self.bad_count, self.seen, self.substitutions, self._section.folder
             )
         return hand_over(made.batch)
 

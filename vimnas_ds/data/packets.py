@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
 
 import av
 from av.error import FFmpegError
 
 from vimnas_ds.data.bad import BadVideo
+from vimnas_ds.data.blob import Media
 
 
 class PacketTimes(NamedTuple):
@@ -37,7 +37,7 @@ class PacketTimes(NamedTuple):
         return (self.end - self.ticks[0]) * float(self.base)
 
 
-def packet_times(container: av.container.InputContainer, path: Path) -> PacketTimes:
+def packet_times(container: av.container.InputContainer, path: Media) -> PacketTimes:
     """Reads to the end of the file, or to where it cannot be read, and leaves it there.
 
     Raises BadVideo if there is no packet to show.

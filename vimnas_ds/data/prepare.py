@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.encoded import read_encoded, read_indexed
 from vimnas_ds.data.images import read_image
 from vimnas_ds.data.sampling import Cut, SampleDraw, whole_picture
+from vimnas_ds.data.store import open_store
 
 Feed = dict[str, NDArray[np.generic]]
 
@@ -40,23 +40,21 @@ class FilePreparer:
 
     Args:
         name: the dataset, for messages.
-        section: its recipe; `section.root` is the folder that the samples' paths start from.
+        section: its recipe, which also says where the files are (see `store`).
         samples: the split.
         gpu: clips go to the GPU's decoder as encoded bytes.
 
     Raises:
-        ValueError: no samples, or no root.
+        ValueError: no samples, or no data folder.
     """
 
     def __init__(
         self, name: str, section: DatasetSection, samples: Sequence[Sample], gpu: bool
     ) -> None:
-        if section.root is None:
-            raise ValueError(f"{name}: no data folder; set vimnas.data.{name}.root")
         if not samples:
             raise ValueError(f"{name}: the split has no samples")
         self.samples = samples
-        self._root: Path = section.root.absolute()  # FFmpeg takes a bare a:b.mp4 for an address
+        self._store = open_store(name, section)
         self._section = section
         self._nvdec = gpu and not section.is_image
         self._verified = bytearray(len(samples))
@@ -99,7 +97,7 @@ class FilePreparer:
         self, feed: Feed, index: int, start: float, safe: bool, draw: SampleDraw | None
     ) -> tuple[int, int]:
         """Adds the pixels' inputs to `feed`; returns the picture's (width, height)."""
-        section, path = self._section, self._root / self.samples[index].path
+        section, path = self._section, self._store.file(self.samples[index].path)
         if section.is_image:
             image = read_image(path, verify=not self._verified[index], transcode=safe)
             self._verified[index] = 1

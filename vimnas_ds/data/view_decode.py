@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -27,6 +26,7 @@ from av.error import FFmpegError
 from numpy.typing import NDArray
 
 from vimnas_ds.data.bad import BadVideo
+from vimnas_ds.data.blob import Media
 from vimnas_ds.data.convert import Converter
 from vimnas_ds.data.decode import TOLERANCE, Pixels, decoded_frames, open_video
 from vimnas_ds.data.encoded import countable
@@ -58,7 +58,7 @@ class EncodedViews(NamedTuple):
     height: int
 
 
-def read_views(path: Path, times: Times, cut: Callable[[int, int], Cut] | None = None) -> Views:
+def read_views(path: Media, times: Times, cut: Callable[[int, int], Cut] | None = None) -> Views:
     """Decodes the frames at `times`, each cropped and scaled as `cut` says (see `read_clip`).
 
     Raises:
@@ -77,7 +77,7 @@ def read_views(path: Path, times: Times, cut: Callable[[int, int], Cut] | None =
     return Views(frames.pictures, frames.shown[inverse])
 
 
-def read_encoded_views(path: Path, times: Times) -> EncodedViews | None:
+def read_encoded_views(path: Media, times: Times) -> EncodedViews | None:
     """The same for the GPU's decoder, which counts frames; None if PyAV should decode this file.
 
     Raises:
@@ -91,7 +91,7 @@ def read_encoded_views(path: Path, times: Times) -> EncodedViews | None:
         wanted, inverse = _merged(times, packets)
         found = np.maximum(np.searchsorted(packets.begins, wanted, side="right") - 1, 0)
         numbers, shown = np.unique(found, return_inverse=True)
-        data = np.fromfile(path, np.uint8)
+        data = np.frombuffer(path.read_bytes(), np.uint8)
     order = shown.astype(np.int32)[inverse]
     return EncodedViews(data, numbers.astype(np.int32), order, first.width, first.height)
 
@@ -130,7 +130,7 @@ def _runs(wanted: NDArray[np.float64], packets: PacketTimes) -> list[_Run]:
 
 def _decode(
     container: av.container.InputContainer,
-    path: Path,
+    path: Media,
     wanted: NDArray[np.float64],
     runs: list[_Run],
     cut: Callable[[int, int], Cut] | None = None,

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from vimnas_ds.data.images import read_image
 from vimnas_ds.data.pipelines import Device, Graph, GraphError, Source
 from vimnas_ds.data.prepare import Feed
 from vimnas_ds.data.sampling import Cut, whole_picture
+from vimnas_ds.data.store import open_store
 from vimnas_ds.data.view_decode import read_encoded_views, read_views
 from vimnas_ds.data.view_graph import build_view_pipeline
 from vimnas_ds.data.views import ViewPlan
@@ -60,7 +60,7 @@ class ViewLoader:
         seen: samples asked for, and skipped: reasons by path, both of the latest iteration.
 
     Raises:
-        ValueError: no samples, or no root.
+        ValueError: no samples, or no data folder.
     """
 
     def __init__(
@@ -77,13 +77,11 @@ class ViewLoader:
         ahead: int = 2,
         threads: int = 1,
     ) -> None:
-        if section.root is None:
-            raise ValueError(f"{name}: no data folder; set vimnas.data.{name}.root")
         if not samples:
             raise ValueError(f"{name}: the split has no samples")
         self.seen = 0
         self.skipped: dict[str, str] = {}
-        self._root: Path = section.root.absolute()  # FFmpeg takes a bare a:b.mp4 for an address
+        self._store = open_store(name, section)
         self._section, self._plan = section, plan
         self._mine = samples[rank::world_size]
         self._batch, self._ahead, self._pool = batch, ahead, pool
@@ -141,7 +139,7 @@ class ViewLoader:
 
     def _prepare(self, sample: Sample, safe: bool) -> Feed:
         """The graph's inputs; `safe` leaves nothing to DALI's decoders. Raises BadFile."""
-        path, section, plan = self._root / sample.path, self._section, self._plan
+        path, section, plan = self._store.file(sample.path), self._section, self._plan
         if section.is_image:
             image = read_image(path, verify=True, transcode=safe)
             return {"encoded": image.data, "places": plan.places(image.width, image.height)}
