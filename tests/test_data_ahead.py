@@ -6,10 +6,13 @@ import gc
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,17 @@ from PIL import Image
 from tests.media import encode, numbered, section
 from tests.small import small_config
 from vimnas_ds.config import DataSection, parse_config
+from vimnas_ds.data import prepare, readers
 from vimnas_ds.data.ahead import Ahead, Wanted
-from vimnas_ds.data.bad import TooManyBadFiles
+from vimnas_ds.data.bad import BlockedFiles, TooManyBadFiles
 from vimnas_ds.data.batches import Batch
 from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, Sample
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.joint import JointData, Loaders
-from vimnas_ds.data.loader import TrainLoader
+from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.prepare import FilePreparer
+from vimnas_ds.data.readers import Readers
 from vimnas_ds.data.sampling import Cut, Window
 from vimnas_ds.space import SPACES
 from vimnas_ds.train.plan import coming_batches
@@ -254,6 +259,119 @@ def test_a_file_that_turns_bad_is_replaced_by_the_next_and_counted_by_reason(
         counts = {path: expected.count(path) for path in after}
         denied = "Permission denied" if os.geteuid() else "No such file or directory"
         assert steady.reasons == {"not an image": counts["1.jpg"], denied: counts["4.jpg"]}
+
+
+# -- files that block -------------------------------------------------------------------------
+
+
+class Blocking:
+    """Stands in for a dead disk: reading one of `names` waits until `release`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+        self.names, self.calls, self.event = names, Counter[str](), threading.Event()
+        self._read = prepare.read_image
+        monkeypatch.setattr(prepare, "read_image", self)
+
+    def __call__(self, path: Path, *args: Any, **kwargs: Any) -> Any:
+        self.calls[path.name] += 1
+        if path.name in self.names:
+            self.event.wait(60)
+        return self._read(path, *args, **kwargs)
+
+    def release(self) -> None:
+        self.event.set()
+
+
+def test_a_file_that_blocks_counts_as_bad_and_its_thread_is_replaced(
+    joint: JointData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(joint.section.datasets["pictures"].root or "", root)
+    samples = joint.splits["pictures"]["train"]
+
+    def batches(pool: Executor) -> tuple[TrainLoader, list[Batch]]:
+        loader = TrainLoader("toy", section(root), samples, "train", 7, 4, 0, 1, CPU, pool, 2, 0.9)
+        return loader, [loader.next() for _ in range(6)]
+
+    disk = Blocking(monkeypatch, "1.jpg")
+    with Readers(1, 0.5) as pool:  # one thread: who is not replaced is missed
+        loader, found = batches(pool)
+        reason = "reading took longer than the time limit"
+        assert loader.substitutions == {"1.jpg": reason}
+        assert loader.reasons == {reason: loader.bad_count}
+        held_up = EvalLoader("toy", section(root), samples, 0, 1, 4, CPU, pool)
+        assert [len(batch.y) for batch in held_up] == [3, 2]
+        assert held_up.skipped == {"1.jpg": reason}
+        assert disk.calls["1.jpg"] == 1  # for nobody twice
+        disk.release()  # too late
+        assert same(loader.next(), batches(pool)[0].next())
+        assert disk.calls["1.jpg"] == 1
+    (root / "1.jpg").write_bytes(b"no picture any more")
+    with ThreadPoolExecutor(2) as pool:
+        corrupt, expected = batches(pool)
+    assert loader.bad_count >= corrupt.bad_count > 0
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_disk_that_is_gone_ends_the_run_and_the_shutdown_in_time(
+    joint: JointData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Blocking(monkeypatch, *(f"{i}.jpg" for i in range(9)))
+
+    def loaders(seconds: float) -> Loaders:
+        values = {**joint.section.model_dump(), "workers": 2, "file_timeout": seconds}
+        return Loaders(
+            JointData(DataSection(**values), joint.catalogs, joint.splits, joint.dropped),
+            7, 0, 1, CPU,
+        )  # fmt: skip
+
+    def closes(one: Loaders) -> bool:
+        closing = threading.Thread(target=one.close, daemon=True)
+        closing.start()
+        closing.join(30)
+        return not closing.is_alive()
+
+    monkeypatch.setattr(readers, "MOST_LOST", 4)
+    short = loaders(0.2)
+    short.follow([Wanted("pictures", "train", 0)], SIZES)
+    with pytest.raises(BlockedFiles, match=r"vimnas\.data\.file_timeout\)[\s\S]*pictures/\d\.jpg"):
+        short.batch("pictures", "train", 4, 0)
+    assert closes(short)
+    endless = loaders(3600)
+    endless.follow([Wanted("pictures", "train", 0)], SIZES)
+    while sum(disk.calls.values()) < 6:  # both threads are blocked, and `Ahead` waits for them
+        time.sleep(0.01)
+    assert closes(endless)
+    disk.release()
+
+
+def test_a_process_with_a_blocked_reader_can_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    code = (
+        "import sys, time; from vimnas_ds.data.readers import Readers; pool = Readers(1, 3600); "
+        "job = pool.submit(open, sys.argv[1])\n"
+        "while not job.running(): time.sleep(0.01)\n"
+        "pool.shutdown(); print(type(job.exception()).__name__)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "pipe")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "CancelledError\n"
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_without_opening_it(
+    joint: JointData, tmp_path: Path
+) -> None:
+    for name, kind in (("pictures", "image"), ("clips", "video")):
+        root = tmp_path / name
+        shutil.copytree(joint.section.datasets[name].root or "", root)
+        samples = joint.splits[name]["train"]
+        (root / samples[1].path).unlink()
+        os.mkfifo(root / samples[1].path)
+        with Readers(1, 2.0) as pool:
+            one = EvalLoader("toy", section(root, kind), samples, 0, 1, 6, CPU, pool)
+            assert [len(batch.y) for batch in one] == [5]
+            assert one.skipped == {samples[1].path: "not a regular file"}
+            one.close()
 
 
 def test_capacity_follows_cores_batch_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +17,7 @@ from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, scan_dataset
 from vimnas_ds.data.index import open_index
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
+from vimnas_ds.data.readers import Readers
 from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog
 from vimnas_ds.processes import cores_per_process
 
@@ -104,7 +104,7 @@ class Loaders:
         self.data, self.seed = data, seed
         self.rank, self.world_size, self.device = rank, world_size, device
         self.workers = data.section.workers or min(16, cores_per_process(world_size))
-        self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        self.pool = Readers(self.workers, data.section.file_timeout)
         self._training: dict[tuple[str, str], TrainLoader] = {}
         self._ahead: Ahead | None = None
 
@@ -211,4 +211,4 @@ class Loaders:
         self._stop_following()
         for loader in self._training.values():
             loader.close()
-        self.pool.shutdown(cancel_futures=True)
+        self.pool.shutdown()

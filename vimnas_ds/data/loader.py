@@ -183,7 +183,7 @@ class TrainLoader:
                 try:
                     return Ready(self._files.train(tried, draw, safe), samples[tried], failures)
                 except BadFile as error:
-                    self._bad[tried] = error.reason
+                    self._bad.setdefault(tried, error.reason)
             failures[samples[tried].path] = self._bad[tried]
         return Ready(None, samples[index], failures)
 

@@ -19,6 +19,7 @@ from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.encoded import read_encoded, read_indexed
 from vimnas_ds.data.images import read_image
+from vimnas_ds.data.readers import begin_file
 from vimnas_ds.data.sampling import Cut, SampleDraw, whole_picture
 
 Feed = dict[str, NDArray[np.generic]]
@@ -100,6 +101,7 @@ class FilePreparer:
     ) -> tuple[int, int]:
         """Adds the pixels' inputs to `feed`; returns the picture's (width, height)."""
         section, path = self._section, self._root / self.samples[index].path
+        begin_file(path)
         if section.is_image:
             image = read_image(path, verify=not self._verified[index], transcode=safe)
             self._verified[index] = 1

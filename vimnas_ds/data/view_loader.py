@@ -25,6 +25,7 @@ from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.images import read_image
 from vimnas_ds.data.pipelines import Device, Graph, GraphError, Source
 from vimnas_ds.data.prepare import Feed
+from vimnas_ds.data.readers import begin_file
 from vimnas_ds.data.sampling import Cut, whole_picture
 from vimnas_ds.data.view_decode import read_encoded_views, read_views
 from vimnas_ds.data.view_graph import build_view_pipeline
@@ -142,6 +143,7 @@ class ViewLoader:
     def _prepare(self, sample: Sample, safe: bool) -> Feed:
         """The graph's inputs; `safe` leaves nothing to DALI's decoders. Raises BadFile."""
         path, section, plan = self._root / sample.path, self._section, self._plan
+        begin_file(path)
         if section.is_image:
             image = read_image(path, verify=True, transcode=safe)
             return {"encoded": image.data, "places": plan.places(image.width, image.height)}
