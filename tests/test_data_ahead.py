@@ -36,6 +36,7 @@ from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.prepare import FilePreparer
 from vimnas_ds.data.readers import Readers
 from vimnas_ds.data.sampling import Cut, Window
+from vimnas_ds.processes import available_memory
 from vimnas_ds.space import SPACES
 from vimnas_ds.train.plan import coming_batches
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule
@@ -389,6 +390,41 @@ def test_capacity_follows_cores_batch_and_memory(monkeypatch: pytest.MonkeyPatch
     assert (short.decoding, short.ready, short.bytes) == (3, 3, 3 * 4 * clip * 5)
     assert plan(0, 16).decoding == 1
     assert str(short).startswith("data: 16 decoding threads, 3 batches decoded ahead, 3 finished")
+
+
+def test_free_memory_is_what_the_tightest_control_group_leaves(tmp_path: Path) -> None:
+    def write(path: str, text: str | int) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"{text}\n")
+
+    def group(folder: str, limit: str | int, used: int, cached: int) -> None:
+        v1 = "/memory" in folder
+        total = "total_" * v1
+        for name, text in (
+            ("limit_in_bytes" if v1 else "max", limit),
+            ("usage_in_bytes" if v1 else "current", used),
+            ("stat", f"anon 5\nactive_file 7\n{total}inactive_file {cached}\nslab 9"),
+        ):
+            write(f"sys/fs/cgroup{folder}/memory.{name}", text)
+
+    assert available_memory(tmp_path) == 2**31
+    write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    1000 kB\nCached: 5 kB")
+    assert available_memory(tmp_path) == 1000 * 1024
+    write("proc/self/cgroup", "0::/job/step\n1:cpu:/elsewhere")
+    assert available_memory(tmp_path) == 1000 * 1024
+    group("", 900_000, 500_000, 100_000)  # of a container: its own path is not there
+    assert available_memory(tmp_path) == 500_000
+    group("/job/step", "max", 300_000, 0)
+    group("/job", 600_000, 350_000, 50_000)
+    group("/elsewhere", 10, 5, 0)
+    assert available_memory(tmp_path) == 300_000
+    group("/job/step", 100_000, 120_000, 10_000)
+    assert available_memory(tmp_path) == 0
+    write("proc/self/cgroup", "4:cpu,memory:/job\n0::/none")
+    group("/memory/job", 400_000, 390_000, 30_000)
+    assert available_memory(tmp_path) == 40_000
+    group("/memory/job", 2**63 - 4096, 390_000, 30_000)
+    assert available_memory(tmp_path) == 500_000
 
 
 # -- what is left behind ----------------------------------------------------------------------
