@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,17 @@ from vimnas_ds.data.batches import Batch
 from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, Sample
 from vimnas_ds.data.decode import read_clip
+from vimnas_ds.data.encoded import LARGEST
+from vimnas_ds.data.footprint import sample_bytes
+from vimnas_ds.data.images import read_image
 from vimnas_ds.data.joint import JointData, Loaders
+from vimnas_ds.data.listing import VideoFacts
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
+from vimnas_ds.data.order import Stream
 from vimnas_ds.data.prepare import FilePreparer
 from vimnas_ds.data.readers import Readers
-from vimnas_ds.data.sampling import Cut, Window
+from vimnas_ds.data.sampling import Cut, Window, draw_sample
+from vimnas_ds.data.timeline import Timeline
 from vimnas_ds.processes import available_memory
 from vimnas_ds.space import SPACES
 from vimnas_ds.train.plan import coming_batches
@@ -380,7 +387,7 @@ def test_capacity_follows_cores_batch_and_memory(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("vimnas_ds.data.capacity.available_memory", lambda: free)
         data = section(None, "video", frames=16, size=64)
         recipe = DataSection(datasets={"clips": data}, workers=workers, prefetch=prefetch)
-        return plan_capacity(recipe, [batch], 1, CPU)
+        return plan_capacity(recipe, {"clips": clip, "small": 1}, [batch], 1, CPU)
 
     clip = 16 * 3 * 64 * 64
     assert plan(2**40, 1).decoding == 8
@@ -390,6 +397,43 @@ def test_capacity_follows_cores_batch_and_memory(monkeypatch: pytest.MonkeyPatch
     assert (short.decoding, short.ready, short.bytes) == (3, 3, 3 * 4 * clip * 5)
     assert plan(0, 16).decoding == 1
     assert str(short).startswith("data: 16 decoding threads, 3 batches decoded ahead, 3 finished")
+
+
+def test_a_sample_takes_what_is_handed_over_for_it(tmp_path: Path) -> None:
+    recipe, picture = section(tmp_path, "video"), section(tmp_path)
+    line = Timeline.pack([0, 1], 2, Fraction(1))
+    kib = [*range(1, 2000), 10**6]  # the last one is left to PyAV
+    known = [Sample(f"{i}", 0, VideoFacts(8, 8, 1024 * k, line)) for i, k in enumerate(kib)]
+    with ThreadPoolExecutor(2) as pool:
+        assert sample_bytes(recipe, known, False, pool) == 4 * 3 * 32 * 32
+        assert sample_bytes(recipe, known, True, pool) == 1024 * 1998
+        assert sample_bytes(recipe, known[-1:], True, pool) == LARGEST
+        (tmp_path / "a.mp4").write_bytes(bytes(50_000))
+        unknown = [Sample("a.mp4", 0), Sample("absent.mp4", 0)]
+        assert sample_bytes(recipe, unknown, True, pool) == 50_000
+        noise = np.random.default_rng(0).integers(0, 256, (400, 500, 3)).astype(np.uint8)
+        Image.fromarray(noise).convert("CMYK").save(tmp_path / "a.jpg", quality=5)
+        Image.fromarray(noise).save(tmp_path / "b.png")
+        odd, direct = Sample("a.jpg", 0), Sample("b.png", 0)
+        assert sample_bytes(picture, [odd, Sample("absent.jpg", 0)], False, pool) == 600_000
+        assert len(read_image(tmp_path / "a.jpg", True).data) == 600_000 + 54  # BMP's header
+        length = (tmp_path / "b.png").stat().st_size
+        assert sample_bytes(picture, [direct], False, pool) == length > 600_000
+
+
+def test_a_file_too_large_to_load_is_decoded_here(tmp_path: Path) -> None:
+    for name, extra in (("a.webm", 0), ("b.webm", LARGEST)):
+        file = encode(tmp_path / name, numbered(8), "libvpx-vp9", rate=8)
+        with file.open("r+b") as out:
+            out.truncate(file.stat().st_size + extra)  # a hole: takes no place on the disk
+    samples = [Sample("a.webm", 0), Sample("b.webm", 0)]
+    recipe = section(tmp_path, "video", crop_scale=(1, 1), crop_ratio=(4 / 3, 4 / 3))
+    files = FilePreparer("toy", recipe, samples, gpu=True)
+    draw = draw_sample(Stream(5, "toy", "train"), 0, 0, recipe)
+    small, large = (files.train(i, draw) for i in (0, 1))
+    assert "encoded" in small
+    assert "encoded" not in large
+    np.testing.assert_array_equal(large["frames"], files.train(0, draw, safe=True)["frames"])
 
 
 def test_free_memory_is_what_the_tightest_control_group_leaves(tmp_path: Path) -> None:

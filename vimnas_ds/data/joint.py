@@ -15,6 +15,7 @@ from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.batches import Batch
 from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, scan_dataset
+from vimnas_ds.data.footprint import sample_bytes
 from vimnas_ds.data.index import open_index
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.readers import Readers
@@ -116,7 +117,12 @@ class Loaders:
         """
         self._stop_following()
         sizes = [size // self.world_size for size in global_batches.values()]
-        capacity = plan_capacity(self.data.section, sizes, self.world_size, self.device)
+        section, gpu = self.data.section, self.device.type == "cuda"
+        needed = {
+            name: sample_bytes(d, self.data.splits[name]["train"], gpu, self.pool)
+            for name, d in section.datasets.items()
+        }
+        capacity = plan_capacity(section, needed, sizes, self.world_size, self.device)
         for name in self.data.splits:  # all loaders are there before the thread asks for them
             for split, size in global_batches.items():
                 self.training(name, split, size)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vimnas_ds.config import DatasetSection
 from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.decode import read_clip
-from vimnas_ds.data.encoded import read_encoded, read_indexed
+from vimnas_ds.data.encoded import LARGEST, read_encoded, read_indexed
 from vimnas_ds.data.images import read_image
 from vimnas_ds.data.readers import begin_file
 from vimnas_ds.data.sampling import Cut, SampleDraw, whole_picture
@@ -101,7 +101,7 @@ class FilePreparer:
     ) -> tuple[int, int]:
         """Adds the pixels' inputs to `feed`; returns the picture's (width, height)."""
         section, path = self._section, self._root / self.samples[index].path
-        begin_file(path)
+        length = begin_file(path)
         if section.is_image:
             image = read_image(path, verify=not self._verified[index], transcode=safe)
             self._verified[index] = 1
@@ -109,7 +109,7 @@ class FilePreparer:
             return image.width, image.height
         assert section.frames is not None
         assert section.fps is not None
-        if self._nvdec and not safe:
+        if self._nvdec and not safe and length <= LARGEST:
             facts = self.samples[index].video
             clip = None
             if facts is not None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from vimnas_ds.config import DatasetSection
 from vimnas_ds.data.bad import BadFile
 from vimnas_ds.data.catalog import Sample
+from vimnas_ds.data.encoded import LARGEST
 from vimnas_ds.data.images import read_image
 from vimnas_ds.data.pipelines import Device, Graph, GraphError, Source
 from vimnas_ds.data.prepare import Feed
@@ -143,14 +144,14 @@ class ViewLoader:
     def _prepare(self, sample: Sample, safe: bool) -> Feed:
         """The graph's inputs; `safe` leaves nothing to DALI's decoders. Raises BadFile."""
         path, section, plan = self._root / sample.path, self._section, self._plan
-        begin_file(path)
+        length = begin_file(path)
         if section.is_image:
             image = read_image(path, verify=True, transcode=safe)
             return {"encoded": image.data, "places": plan.places(image.width, image.height)}
         assert section.frames is not None
         assert section.fps is not None
         times = partial(plan.times, frames=section.frames, fps=section.fps)
-        if self._source == "nvdec" and not safe:
+        if self._source == "nvdec" and not safe and length <= LARGEST:
             clip = read_encoded_views(path, times)
             if clip is not None:
                 places = plan.places(clip.width, clip.height)
