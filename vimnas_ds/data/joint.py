@@ -204,7 +204,7 @@ class Loaders:
         return found
 
     def fallbacks(self) -> dict[str, int]:
-        """Training batches that DALI refused and that were decoded without it, by dataset."""
+        """Training batches of which DALI refused a file, by dataset."""
         return self._sum(lambda loader: loader.fallbacks)
 
     def _sum(self, value: Callable[[TrainLoader], int]) -> dict[str, int]:
