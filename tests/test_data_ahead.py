@@ -39,6 +39,7 @@ from vimnas_ds.data.joint import JointData, Loaders
 from vimnas_ds.data.listing import VideoFacts
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.order import Stream
+from vimnas_ds.data.pipelines import Graph
 from vimnas_ds.data.prepare import FilePreparer
 from vimnas_ds.data.readers import Readers
 from vimnas_ds.data.sampling import Cut, Window, draw_sample
@@ -178,6 +179,27 @@ def test_no_more_is_made_ahead_than_allowed(joint: JointData) -> None:
         ahead.take(plan[taken])
     ahead.close()
     loaders.close()
+
+
+def test_nothing_is_built_once_the_plan_is_followed(
+    joint: JointData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, plan = list[Graph](), random_plan(10)
+    sound = Graph.build
+
+    def build(self: Graph) -> Any:
+        if self._pipeline is None:
+            built.append(self)
+        return sound(self)
+
+    monkeypatch.setattr(Graph, "build", build)
+    loaders = Loaders(joint, 7, 0, 1, CPU)
+    loaders.follow(plan, SIZES)
+    assert len(built) == 4  # two datasets, two splits
+    for wanted in plan:
+        loaders.batch(wanted.dataset, wanted.split, SIZES[wanted.split], wanted.number)
+    loaders.close()
+    assert len(built) == 4
 
 
 def test_who_is_slower_than_the_loader_does_not_wait(joint: JointData) -> None:

@@ -96,6 +96,10 @@ class Graphs:
             for one in dict.fromkeys((self._source, self._safe))
         }
 
+    def build(self) -> None:
+        """Builds the loader's graph now instead of with the first batch."""
+        self._graphs[self._source].build()
+
     def run(self, ready: Sequence[Ready], redo: Callable[[list[int]], list[Ready]]) -> Made:
         """The batch of the samples that have a feed, in their order.
 

@@ -123,9 +123,9 @@ class Loaders:
             for name, d in section.datasets.items()
         }
         capacity = plan_capacity(section, needed, sizes, self.world_size, self.device)
-        for name in self.data.splits:  # all loaders are there before the thread asks for them
+        for name in self.data.splits:  # all are there and built before the first step
             for split, size in global_batches.items():
-                self.training(name, split, size)
+                self.training(name, split, size).build()
         self._ahead = Ahead(
             plan,
             lambda name, split: self._training[name, split],

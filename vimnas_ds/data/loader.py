@@ -122,6 +122,10 @@ class TrainLoader:
             self._cancel()
             self._next = batch
 
+    def build(self) -> None:
+        """Builds what makes the batches, which otherwise the first one waits for."""
+        self._graphs.build()
+
     def next(self) -> Batch:
         """The next batch.
 
