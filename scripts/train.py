@@ -26,7 +26,7 @@ from vimnas_ds.arch_file import read_arch
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyBadFiles
 from vimnas_ds.data.joint import open_datasets
-from vimnas_ds.train.ranks import RanksDisagree, settle_on_cpu, start_ranks
+from vimnas_ds.train.ranks import TRAINING_TIMEOUT, RanksDisagree, settle_on_cpu, start_ranks
 
 if TYPE_CHECKING:
     from vimnas_ds.train.loop import Trainer
@@ -119,7 +119,8 @@ def prepare(config: RunConfig, resume: str | None, overwrite: bool) -> Trainer:
 
     from vimnas_ds.train.loop import Trainer
 
-    ranks = start_ranks()
+    # a rank that waits for a file holds up all others
+    ranks = start_ranks(TRAINING_TIMEOUT + config.vimnas.data.file_timeout / 60)
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
     trainer = Trainer(config, data, ranks, start, overwrite)
     trainer.console.say(f"ready {time.time() - STARTED:.1f} s after the process started")

@@ -6,10 +6,14 @@ import gc
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +25,26 @@ from PIL import Image
 from tests.media import encode, numbered, section
 from tests.small import small_config
 from vimnas_ds.config import DataSection, parse_config
+from vimnas_ds.data import prepare, readers
 from vimnas_ds.data.ahead import Ahead, Wanted
-from vimnas_ds.data.bad import TooManyBadFiles
+from vimnas_ds.data.bad import BlockedFiles, TooManyBadFiles
 from vimnas_ds.data.batches import Batch
 from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, Sample
 from vimnas_ds.data.decode import read_clip
+from vimnas_ds.data.encoded import LARGEST
+from vimnas_ds.data.footprint import sample_bytes
+from vimnas_ds.data.images import read_image
 from vimnas_ds.data.joint import JointData, Loaders
-from vimnas_ds.data.loader import TrainLoader
+from vimnas_ds.data.listing import VideoFacts
+from vimnas_ds.data.loader import EvalLoader, TrainLoader
+from vimnas_ds.data.order import Stream
+from vimnas_ds.data.pipelines import Graph
 from vimnas_ds.data.prepare import FilePreparer
-from vimnas_ds.data.sampling import Cut, Window
+from vimnas_ds.data.readers import Readers
+from vimnas_ds.data.sampling import Cut, Window, draw_sample
+from vimnas_ds.data.timeline import Timeline
+from vimnas_ds.processes import available_memory
 from vimnas_ds.space import SPACES
 from vimnas_ds.train.plan import coming_batches
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule
@@ -167,6 +181,27 @@ def test_no_more_is_made_ahead_than_allowed(joint: JointData) -> None:
     loaders.close()
 
 
+def test_nothing_is_built_once_the_plan_is_followed(
+    joint: JointData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, plan = list[Graph](), random_plan(10)
+    sound = Graph.build
+
+    def build(self: Graph) -> Any:
+        if self._pipeline is None:
+            built.append(self)
+        return sound(self)
+
+    monkeypatch.setattr(Graph, "build", build)
+    loaders = Loaders(joint, 7, 0, 1, CPU)
+    loaders.follow(plan, SIZES)
+    assert len(built) == 4  # two datasets, two splits
+    for wanted in plan:
+        loaders.batch(wanted.dataset, wanted.split, SIZES[wanted.split], wanted.number)
+    loaders.close()
+    assert len(built) == 4
+
+
 def test_who_is_slower_than_the_loader_does_not_wait(joint: JointData) -> None:
     plan = random_plan(12)
     loaders = Loaders(joint, 7, 0, 1, CPU)
@@ -256,12 +291,125 @@ def test_a_file_that_turns_bad_is_replaced_by_the_next_and_counted_by_reason(
         assert steady.reasons == {"not an image": counts["1.jpg"], denied: counts["4.jpg"]}
 
 
+# -- files that block -------------------------------------------------------------------------
+
+
+class Blocking:
+    """Stands in for a dead disk: reading one of `names` waits until `release`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+        self.names, self.calls, self.event = names, Counter[str](), threading.Event()
+        self._read = prepare.read_image
+        monkeypatch.setattr(prepare, "read_image", self)
+
+    def __call__(self, path: Path, *args: Any, **kwargs: Any) -> Any:
+        self.calls[path.name] += 1
+        if path.name in self.names:
+            self.event.wait(60)
+        return self._read(path, *args, **kwargs)
+
+    def release(self) -> None:
+        self.event.set()
+
+
+def test_a_file_that_blocks_counts_as_bad_and_its_thread_is_replaced(
+    joint: JointData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(joint.section.datasets["pictures"].root or "", root)
+    samples = joint.splits["pictures"]["train"]
+
+    def batches(pool: Executor) -> tuple[TrainLoader, list[Batch]]:
+        loader = TrainLoader("toy", section(root), samples, "train", 7, 4, 0, 1, CPU, pool, 2, 0.9)
+        return loader, [loader.next() for _ in range(6)]
+
+    disk = Blocking(monkeypatch, "1.jpg")
+    with Readers(1, 0.5) as pool:  # one thread: who is not replaced is missed
+        loader, found = batches(pool)
+        reason = "reading took longer than the time limit"
+        assert loader.substitutions == {"1.jpg": reason}
+        assert loader.reasons == {reason: loader.bad_count}
+        held_up = EvalLoader("toy", section(root), samples, 0, 1, 4, CPU, pool)
+        assert [len(batch.y) for batch in held_up] == [3, 2]
+        assert held_up.skipped == {"1.jpg": reason}
+        assert disk.calls["1.jpg"] == 1  # for nobody twice
+        disk.release()  # too late
+        assert same(loader.next(), batches(pool)[0].next())
+        assert disk.calls["1.jpg"] == 1
+    (root / "1.jpg").write_bytes(b"no picture any more")
+    with ThreadPoolExecutor(2) as pool:
+        corrupt, expected = batches(pool)
+    assert loader.bad_count >= corrupt.bad_count > 0
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_disk_that_is_gone_ends_the_run_and_the_shutdown_in_time(
+    joint: JointData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Blocking(monkeypatch, *(f"{i}.jpg" for i in range(9)))
+
+    def loaders(seconds: float) -> Loaders:
+        values = {**joint.section.model_dump(), "workers": 2, "file_timeout": seconds}
+        return Loaders(
+            JointData(DataSection(**values), joint.catalogs, joint.splits, joint.dropped),
+            7, 0, 1, CPU,
+        )  # fmt: skip
+
+    def closes(one: Loaders) -> bool:
+        closing = threading.Thread(target=one.close, daemon=True)
+        closing.start()
+        closing.join(30)
+        return not closing.is_alive()
+
+    monkeypatch.setattr(readers, "MOST_LOST", 4)
+    short = loaders(0.2)
+    short.follow([Wanted("pictures", "train", 0)], SIZES)
+    with pytest.raises(BlockedFiles, match=r"vimnas\.data\.file_timeout\)[\s\S]*pictures/\d\.jpg"):
+        short.batch("pictures", "train", 4, 0)
+    assert closes(short)
+    endless = loaders(3600)
+    endless.follow([Wanted("pictures", "train", 0)], SIZES)
+    while sum(disk.calls.values()) < 6:  # both threads are blocked, and `Ahead` waits for them
+        time.sleep(0.01)
+    assert closes(endless)
+    disk.release()
+
+
+def test_a_process_with_a_blocked_reader_can_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    code = (
+        "import sys, time; from vimnas_ds.data.readers import Readers; pool = Readers(1, 3600); "
+        "job = pool.submit(open, sys.argv[1])\n"
+        "while not job.running(): time.sleep(0.01)\n"
+        "pool.shutdown(); print(type(job.exception()).__name__)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "pipe")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "CancelledError\n"
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_without_opening_it(
+    joint: JointData, tmp_path: Path
+) -> None:
+    for name, kind in (("pictures", "image"), ("clips", "video")):
+        root = tmp_path / name
+        shutil.copytree(joint.section.datasets[name].root or "", root)
+        samples = joint.splits[name]["train"]
+        (root / samples[1].path).unlink()
+        os.mkfifo(root / samples[1].path)
+        with Readers(1, 2.0) as pool:
+            one = EvalLoader("toy", section(root, kind), samples, 0, 1, 6, CPU, pool)
+            assert [len(batch.y) for batch in one] == [5]
+            assert one.skipped == {samples[1].path: "not a regular file"}
+            one.close()
+
+
 def test_capacity_follows_cores_batch_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(free: int, workers: int, batch: int = 4, prefetch: int = 2) -> Capacity:
         monkeypatch.setattr("vimnas_ds.data.capacity.available_memory", lambda: free)
         data = section(None, "video", frames=16, size=64)
         recipe = DataSection(datasets={"clips": data}, workers=workers, prefetch=prefetch)
-        return plan_capacity(recipe, [batch], 1, CPU)
+        return plan_capacity(recipe, {"clips": clip, "small": 1}, [batch], 1, CPU)
 
     clip = 16 * 3 * 64 * 64
     assert plan(2**40, 1).decoding == 8
@@ -271,6 +419,81 @@ def test_capacity_follows_cores_batch_and_memory(monkeypatch: pytest.MonkeyPatch
     assert (short.decoding, short.ready, short.bytes) == (3, 3, 3 * 4 * clip * 5)
     assert plan(0, 16).decoding == 1
     assert str(short).startswith("data: 16 decoding threads, 3 batches decoded ahead, 3 finished")
+
+
+def test_a_sample_takes_what_is_handed_over_for_it(tmp_path: Path) -> None:
+    recipe, picture = section(tmp_path, "video"), section(tmp_path)
+    line = Timeline.pack([0, 1], 2, Fraction(1))
+    kib = [*range(1, 2000), 10**6]  # the last one is left to PyAV
+    known = [Sample(f"{i}", 0, VideoFacts(8, 8, 1024 * k, line)) for i, k in enumerate(kib)]
+    with ThreadPoolExecutor(2) as pool:
+        assert sample_bytes("k400", recipe, known, False, pool) == 4 * 3 * 32 * 32
+        assert sample_bytes("k400", recipe, known, True, pool) == 1024 * 1998
+        assert sample_bytes("k400", recipe, known[-1:], True, pool) == LARGEST
+        (tmp_path / "a.mp4").write_bytes(bytes(50_000))
+        unknown = [Sample("a.mp4", 0), Sample("absent.mp4", 0)]
+        assert sample_bytes("k400", recipe, unknown, True, pool) == 50_000
+        noise = np.random.default_rng(0).integers(0, 256, (400, 500, 3)).astype(np.uint8)
+        Image.fromarray(noise).convert("CMYK").save(tmp_path / "a.jpg", quality=5)
+        Image.fromarray(noise).save(tmp_path / "b.png")
+        odd, direct = Sample("a.jpg", 0), Sample("b.png", 0)
+        assert (
+            sample_bytes("imagenet", picture, [odd, Sample("absent.jpg", 0)], False, pool)
+            == 600_000
+        )
+        assert len(read_image(tmp_path / "a.jpg", True).data) == 600_000 + 54  # BMP's header
+        length = (tmp_path / "b.png").stat().st_size
+        assert sample_bytes("imagenet", picture, [direct], False, pool) == length > 600_000
+
+
+def test_a_file_too_large_to_load_is_decoded_here(tmp_path: Path) -> None:
+    for name, extra in (("a.webm", 0), ("b.webm", LARGEST)):
+        file = encode(tmp_path / name, numbered(8), "libvpx-vp9", rate=8)
+        with file.open("r+b") as out:
+            out.truncate(file.stat().st_size + extra)  # a hole: takes no place on the disk
+    samples = [Sample("a.webm", 0), Sample("b.webm", 0)]
+    recipe = section(tmp_path, "video", crop_scale=(1, 1), crop_ratio=(4 / 3, 4 / 3))
+    files = FilePreparer("toy", recipe, samples, gpu=True)
+    draw = draw_sample(Stream(5, "toy", "train"), 0, 0, recipe)
+    small, large = (files.train(i, draw) for i in (0, 1))
+    assert "encoded" in small
+    assert "encoded" not in large
+    np.testing.assert_array_equal(large["frames"], files.train(0, draw, safe=True)["frames"])
+
+
+def test_free_memory_is_what_the_tightest_control_group_leaves(tmp_path: Path) -> None:
+    def write(path: str, text: str | int) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"{text}\n")
+
+    def group(folder: str, limit: str | int, used: int, cached: int) -> None:
+        v1 = "/memory" in folder
+        total = "total_" * v1
+        for name, text in (
+            ("limit_in_bytes" if v1 else "max", limit),
+            ("usage_in_bytes" if v1 else "current", used),
+            ("stat", f"anon 5\nactive_file 7\n{total}inactive_file {cached}\nslab 9"),
+        ):
+            write(f"sys/fs/cgroup{folder}/memory.{name}", text)
+
+    assert available_memory(tmp_path) == 2**31
+    write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    1000 kB\nCached: 5 kB")
+    assert available_memory(tmp_path) == 1000 * 1024
+    write("proc/self/cgroup", "0::/job/step\n1:cpu:/elsewhere")
+    assert available_memory(tmp_path) == 1000 * 1024
+    group("", 900_000, 500_000, 100_000)  # of a container: its own path is not there
+    assert available_memory(tmp_path) == 500_000
+    group("/job/step", "max", 300_000, 0)
+    group("/job", 600_000, 350_000, 50_000)
+    group("/elsewhere", 10, 5, 0)
+    assert available_memory(tmp_path) == 300_000
+    group("/job/step", 100_000, 120_000, 10_000)
+    assert available_memory(tmp_path) == 0
+    write("proc/self/cgroup", "4:cpu,memory:/job\n0::/none")
+    group("/memory/job", 400_000, 390_000, 30_000)
+    assert available_memory(tmp_path) == 40_000
+    group("/memory/job", 2**63 - 4096, 390_000, 30_000)
+    assert available_memory(tmp_path) == 500_000
 
 
 # -- what is left behind ----------------------------------------------------------------------

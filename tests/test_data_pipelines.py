@@ -274,10 +274,11 @@ def test_a_clip_that_is_not_for_the_gpus_decoder_leaves_the_rest_of_its_batch_th
     broken = Ready({**(ready[2].feed or {}), "encoded": np.zeros(99, np.uint8)}, samples[2], {})
     again.clear()
     mended = graphs.run([*ready[:2], broken], redo)
-    assert mended.refused
-    assert again == [0, 2]
+    assert mended.refused == ("2.webm",)
+    assert again == [2]
     assert mended.batch is not None
-    assert torch.equal(mended.batch.x, safe.batch.x)
+    assert torch.equal(mended.batch.x[:2], made.batch.x[:2])
+    assert torch.equal(mended.batch.x[2], safe.batch.x[2])
 
 
 # -- training loader --------------------------------------------------------------------------
@@ -392,6 +393,48 @@ def test_a_batch_that_dali_refuses_is_decoded_without_it(
     assert len(first.y) == len(second.y) == 11
     assert loader.seen == 22
     assert "00.jpg" not in first.names + second.names
+
+
+def test_a_file_that_dali_refuses_is_found_and_goes_the_other_way_from_then_on(
+    images: Data, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, samples = images
+    odd = {(root / name).read_bytes() for name in ("03.jpg", "07.jpg")}
+    run, train = Graph.run, FilePreparer.train
+    runs: list[int] = []
+    again: list[str] = []
+
+    def picky(self: Graph, feeds: Any) -> torch.Tensor:
+        runs.append(len(feeds))
+        if any(feed["encoded"].tobytes() in odd for feed in feeds):
+            raise GraphError("no such codec")
+        return run(self, feeds)
+
+    def watched(self: FilePreparer, index: int, draw: Any, safe: bool = False) -> Any:
+        again.extend([samples[index].path] * safe)
+        return train(self, index, draw, safe)
+
+    plain = train_loader(section(root), samples, pool, global_batch=11, prefetch=0)
+    expected = [plain.next() for _ in range(3)]
+    monkeypatch.setattr(FilePreparer, "train", watched)
+    monkeypatch.setattr(Graph, "run", picky)
+    loader = train_loader(section(root), samples, pool, global_batch=11, prefetch=0)
+    found = [loader.next() for _ in range(2)]
+    assert runs[0] == 11
+    assert runs.count(1) <= 2 * 2  # halves, not all eleven
+    assert sorted(again) == ["03.jpg", "03.jpg", "07.jpg", "07.jpg"]
+    del runs[:]
+    found.append(loader.next())
+    assert runs == [11]
+    assert loader.fallbacks == 1
+    assert not loader.substitutions
+    for batch, whole in zip(found, expected, strict=True):
+        assert batch.names == whole.names
+        for name, x, y in zip(batch.names, batch.x, whole.x, strict=True):
+            assert torch.equal(x, y) or name in ("03.jpg", "07.jpg")
+    resumed = train_loader(section(root), samples, pool, global_batch=11, prefetch=0)
+    resumed.seek(2)
+    assert same(resumed.next(), found[2])
 
 
 def test_dead_pipelines_are_replaced(images: Data) -> None:

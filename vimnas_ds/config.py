@@ -248,6 +248,11 @@ class DataSection(Section):
     max_bad_share: Fraction = Field(
         0.05, description="Substituted samples above this share of a dataset stop the run"
     )
+    file_timeout: Positive = Field(
+        300.0,
+        description="Seconds that reading one file may take in training and evaluation (a disk "
+        "that is gone blocks for ever); one that takes longer counts as unusable",
+    )
     cache_mb: int = Field(
         512,
         ge=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -22,18 +23,52 @@ def cores_per_process(world_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_processes(world_size))
 
 
-def available_memory() -> int:
-    """Bytes that can still be used here: the machine's free memory, or what the container's limit
-    leaves of it. Without Linux's files, 2 GiB."""
-    info = Path("/proc/meminfo")
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that can still be used here: the machine's free memory, or what the limits of this
+    process's control groups leave of it, cached file pages being free. Without Linux's files,
+    2 GiB.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    info = root / "proc/meminfo"
     if not info.exists():
         return 2**31
     lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
-    return max(free, 0)
+    return max(0, min([free, *_left_by_groups(root)]))
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    """What each limit leaves: of this process's group and those around it, version 2 and 1.
+
+    In a container the group's own path may not be there; its limit then stands in the top folder.
+    """
+    own = root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, names = root / "sys/fs/cgroup", ("max", "current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (left := _left(folder, *names)) is not None:
+                yield left
+
+
+def _left(folder: Path, limit: str, used: str, cached: str) -> int | None:
+    files = [folder / f"memory.{name}" for name in (limit, used, "stat")]
+    if not all(file.exists() for file in files):
+        return None
+    most, now, stat = (file.read_text().strip() for file in files)
+    if most == "max":
+        return None
+    pages = dict(line.split() for line in stat.splitlines())
+    return int(most) - int(now) + int(pages.get(cached, 0))
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>

@@ -16,11 +16,17 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import wait
 from itertools import islice
 from typing import NamedTuple
 
 from vimnas_ds.data.batches import Batch, Made
 from vimnas_ds.data.loader import Started, TrainLoader
+
+#: Seconds between two looks at whether it is time to end, while files are waited for.
+GLANCE = 0.2
+#: Seconds that `close` waits for a batch that DALI is at.
+PATIENCE = 5.0
 
 
 class Wanted(NamedTuple):
@@ -85,11 +91,11 @@ class Ahead:
         return self._loader(wanted.dataset, wanted.split).deliver(made)
 
     def close(self) -> None:
-        """Ends the thread and drops what is ready; may be called again."""
+        """Ends the thread, whatever its files do, and drops what is ready; may be called again."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(PATIENCE)
         self._made.clear()
 
     def _run(self) -> None:
@@ -101,7 +107,10 @@ class Ahead:
                     started.append((wanted, loader.start(wanted.number)))
                 if not started:
                     return
-                wanted, first = started.popleft()
+                wanted, first = started[0]
+                if not self._wait_for_files(first):
+                    return
+                started.popleft()
                 made = self._loader(wanted.dataset, wanted.split).make(first)
                 with self._changed:
                     self._made.append((wanted, made))
@@ -120,3 +129,10 @@ class Ahead:
         with self._changed:
             self._changed.wait_for(lambda: self._closing or len(self._made) < self._room)
             return not self._closing
+
+    def _wait_for_files(self, batch: Started) -> bool:
+        """False when it is time to end: a file may block for longer than anyone wants to wait."""
+        while wait(batch.futures, GLANCE).not_done:
+            if self._closing:
+                return False
+        return True

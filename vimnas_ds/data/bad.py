@@ -8,8 +8,11 @@ loaders substitute or skip the sample and keep count, and only a dataset that is
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+#: The reason of a file that blocks its reader.
+TOO_SLOW = "reading took longer than the time limit"
 
 
 class DataMissing(ValueError):
@@ -65,3 +68,22 @@ class TooManyBadFiles(ValueError):
             "(the limit is vimnas.data.max_bad_share); the files:\n" + "\n".join(shown + rest)
         )
         self.reasons = dict(reasons)
+
+
+class BlockedFiles(TooManyBadFiles):
+    """So many files have blocked their readers that the disk they lie on must be gone.
+
+    Args:
+        paths: the files.
+        seconds: `vimnas.data.file_timeout`.
+    """
+
+    def __init__(self, paths: Sequence[str], seconds: float) -> None:
+        shown = "\n".join(f"  {path}" for path in paths[:20])
+        rest = f"\n  and {len(paths) - 20} more" if len(paths) > 20 else ""
+        ValueError.__init__(
+            self,
+            f"reading {len(paths)} files took longer than {seconds:g} s each "
+            f"(vimnas.data.file_timeout): is the disk still there? The files:\n{shown}{rest}",
+        )
+        self.reasons = dict.fromkeys(paths, TOO_SLOW)

@@ -2,8 +2,9 @@
 
 DALI's decoders are the fast way. A sound file that they cannot read (an odd JPEG, a codec that the
 GPU lacks, a rotated video) must neither end the run nor be lost: Pillow or PyAV decode it and the
-same graph does the rest. A clip known to be odd goes that way alone, its batch's others do not;
-only when DALI refuses what it was given are all samples that it was given prepared once more.
+same graph does the rest. A clip known to be odd goes that way alone, its batch's others do not.
+When DALI refuses what it was given it does not say why: halves are tried until the files are found.
+So which way a file goes is a matter of that file alone, and a resumed run repeats it.
 
 On a GPU everything happens on a stream of its own, so that batches made ahead in another thread
 neither wait for the network nor hold it up; `hand_over` says who uses them next.
@@ -54,11 +55,15 @@ class Ready:
 @dataclass(frozen=True)
 class Made:
     """A batch of the samples that have a feed (None if there are none), the samples it was asked
-    for, and whether DALI refused some of them."""
+    for, and the files that DALI's decoder refused."""
 
     batch: Batch | None
     ready: list[Ready]
-    refused: bool = False
+    refused: tuple[str, ...] = ()
+
+
+#: Samples of a batch: their places in it, and their pixels.
+Part = tuple[list[int], Tensor]
 
 
 def source_of(section: DatasetSection, device: torch.device) -> Source:
@@ -91,6 +96,10 @@ class Graphs:
             for one in dict.fromkeys((self._source, self._safe))
         }
 
+    def build(self) -> None:
+        """Builds the loader's graph now instead of with the first batch."""
+        self._graphs[self._source].build()
+
     def run(self, ready: Sequence[Ready], redo: Callable[[list[int]], list[Ready]]) -> Made:
         """The batch of the samples that have a feed, in their order.
 
@@ -101,18 +110,14 @@ class Graphs:
             GraphError: DALI refuses even samples that it need not decode.
         """
         with self._own_stream():
-            ready, refused = list(ready), False
-            parts: list[tuple[list[int], Tensor]] = []
+            ready = list(ready)
             fast = [i for i, one in enumerate(ready) if one.feed and "encoded" in one.feed]
-            if fast:
-                try:
-                    parts.append((fast, self._run(self._source, ready, fast)))
-                except GraphError:
-                    refused = True
-                    for place, one in zip(fast, redo(fast), strict=True):
-                        ready[place] = one
-                    fast = []
-            slow = [i for i, one in enumerate(ready) if one.feed is not None and i not in set(fast)]
+            parts, places = self._run_fast(ready, fast)
+            refused = tuple(ready[place].sample.path for place in places)
+            for place, one in zip(places, redo(places) if places else (), strict=True):
+                ready[place] = one
+            done = {place for places, _ in parts for place in places}
+            slow = [i for i, one in enumerate(ready) if one.feed is not None and i not in done]
             if slow:
                 parts.append((slow, self._run(self._safe, ready, slow)))
             if not parts:
@@ -120,6 +125,19 @@ class Graphs:
             kept = sorted(place for places, _ in parts for place in places)
             x = parts[0][1] if len(parts) == 1 else _interleaved(parts)
             return Made(make_batch(x, [ready[i] for i in kept]), ready, refused)
+
+    def _run_fast(self, ready: list[Ready], places: list[int]) -> tuple[list[Part], list[int]]:
+        """What DALI's decoder makes of the samples at `places`, and which of them it refuses."""
+        if not places:
+            return [], []
+        try:
+            return [(places, self._run(self._source, ready, places))], []
+        except GraphError:
+            if len(places) == 1:
+                return [], places
+        half = len(places) // 2
+        left, right = (self._run_fast(ready, part) for part in (places[:half], places[half:]))
+        return left[0] + right[0], left[1] + right[1]
 
     def _run(self, source: Source, ready: list[Ready], places: list[int]) -> Tensor:
         feeds = (ready[i].feed for i in places)
@@ -137,7 +155,7 @@ class Graphs:
             graph.close()
 
 
-def _interleaved(parts: list[tuple[list[int], Tensor]]) -> Tensor:
+def _interleaved(parts: list[Part]) -> Tensor:
     """One batch from parts of it, each with its samples' places."""
     places = torch.tensor([place for of, _ in parts for place in of])
     x = torch.cat([part for _, part in parts])

@@ -30,3 +30,8 @@ class Blob:
 
 #: What the readers of images and videos take: a file on the disk, or one that is in memory.
 Media = Path | Blob
+
+
+def length_of(media: Media) -> int:
+    """In bytes."""
+    return len(media.data) if isinstance(media, Blob) else media.stat().st_size

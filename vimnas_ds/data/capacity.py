@@ -7,14 +7,14 @@
 Clips cost many times what images cost and large sub-networks many times what small ones do: it
 takes several batches to even out which of loader and step is slower at the moment.
 
-A decoded clip has the size that the network sees, whatever the video's (see `decode`), so these
-bytes are known before a file is opened.
+What a decoded sample takes is the largest dataset's (see `footprint`): the network's input for
+clips decoded here, the whole file for those that the GPU decodes. A finished one is float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,6 @@ from vimnas_ds.processes import available_memory, cores_per_process, local_proce
 SHARE = 0.25
 #: Batches ahead where nothing asks for more and memory allows it.
 DEPTH = 8
-#: An encoded image of ordinary size, in bytes.
-IMAGE_BYTES = 150_000
 #: Finished batches on a GPU lie in its memory: two are enough to never wait.
 READY_ON_GPU = 2
 
@@ -52,31 +50,29 @@ class Capacity:
 
 
 def plan_capacity(
-    section: DataSection, batch_sizes: Iterable[int], world_size: int, device: torch.device
+    section: DataSection,
+    sample_bytes: Mapping[str, int],
+    batch_sizes: Iterable[int],
+    world_size: int,
+    device: torch.device,
 ) -> Capacity:
     """What one process of `world_size` does ahead.
 
     Args:
+        sample_bytes: what a decoded sample takes, by dataset.
         batch_sizes: samples per batch of this process, of every kind of batch it will ask for.
     """
     sizes = list(batch_sizes)
     workers = section.workers or min(16, cores_per_process(world_size))
     free = available_memory() // local_processes(world_size)
-    decoded, finished = (
-        max(sizes) * max(of(d) for d in section.datasets.values())
-        for of in (_decoded_bytes, _finished_bytes)
-    )
+    decoded = max(sizes) * max(sample_bytes.values())
+    finished = max(sizes) * max(_finished_bytes(d) for d in section.datasets.values())
     gpu = device.type == "cuda"
     each = decoded + (0 if gpu else finished)
     wanted = max(DEPTH, section.prefetch, math.ceil(workers / min(sizes)) + 1)
     depth = max(1, min(wanted, int(SHARE * free / each)))
     ready = min(depth, READY_ON_GPU) if gpu else depth
     return Capacity(workers, depth, ready, depth * each, free)
-
-
-def _decoded_bytes(data: DatasetSection) -> int:
-    """A sample before DALI."""
-    return IMAGE_BYTES if data.is_image else (data.frames or 1) * 3 * data.size**2
 
 
 def _finished_bytes(data: DatasetSection) -> int:

@@ -23,6 +23,8 @@ from vimnas_ds.data.packets import PacketTimes, packet_times
 from vimnas_ds.data.sampling import frame_times
 
 GPU_CODECS = frozenset("h264 hevc vp8 vp9 av1".split())
+#: Bytes of a file that is loaded whole, at most; a larger one is left to PyAV.
+LARGEST = 64 * 2**20
 GPU_PIXELS = frozenset("yuv420p yuvj420p".split())
 
 

@@ -9,6 +9,8 @@ that DALI's CPU and GPU decoders may treat differently are handed over as plain 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vimnas_ds.data.bad import BadFile
-from vimnas_ds.data.blob import Media
+from vimnas_ds.data.blob import Blob, Media, length_of
 
 EXIF_ORIENTATION = 0x0112
 #: (format, mode) pairs that go to DALI as they are.
@@ -41,7 +43,7 @@ def read_image(path: Media, verify: bool, transcode: bool = False) -> EncodedIma
     Raises:
         BadFile: unreadable, not an image, truncated or corrupt.
     """
-    try:
+    with _understood(path):
         raw = path.read_bytes()
         with Image.open(io.BytesIO(raw)) as image:
             if transcode or (image.format, image.mode) not in DIRECT:
@@ -51,12 +53,32 @@ def read_image(path: Media, verify: bool, transcode: bool = False) -> EncodedIma
             if verify:
                 image.draft(image.mode, (1, 1))
                 image.load()
+    return EncodedImage(np.frombuffer(raw, np.uint8), width, height)
+
+
+def encoded_bytes(path: Media) -> int:
+    """Length of the data that `read_image` gives without `transcode`; decodes the header only.
+
+    Raises:
+        BadFile: unreadable or not an image.
+    """
+    source = path.stream() if isinstance(path, Blob) else path
+    with _understood(path), Image.open(source) as image:
+        if (image.format, image.mode) in DIRECT:
+            return length_of(path)
+        return 3 * image.width * image.height
+
+
+@contextmanager
+def _understood(path: Media) -> Iterator[None]:
+    """Whatever Pillow raises on damaged files becomes `BadFile`."""
+    try:
+        yield
     except UnidentifiedImageError as error:
         raise BadFile(str(path), "not an image") from error
     except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
         # Pillow's plugins raise all of these on damaged files
         raise BadFile(str(path), getattr(error, "strerror", None) or str(error)) from error
-    return EncodedImage(np.frombuffer(raw, np.uint8), width, height)
 
 
 def _as_bmp(image: Image.Image) -> EncodedImage:

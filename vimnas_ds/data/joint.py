@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +15,10 @@ from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.batches import Batch
 from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, scan_dataset
+from vimnas_ds.data.footprint import sample_bytes
 from vimnas_ds.data.index import open_index
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
+from vimnas_ds.data.readers import Readers
 from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog
 from vimnas_ds.processes import cores_per_process
 
@@ -104,7 +105,7 @@ class Loaders:
         self.data, self.seed = data, seed
         self.rank, self.world_size, self.device = rank, world_size, device
         self.workers = data.section.workers or min(16, cores_per_process(world_size))
-        self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        self.pool = Readers(self.workers, data.section.file_timeout)
         self._training: dict[tuple[str, str], TrainLoader] = {}
         self._ahead: Ahead | None = None
 
@@ -116,10 +117,15 @@ class Loaders:
         """
         self._stop_following()
         sizes = [size // self.world_size for size in global_batches.values()]
-        capacity = plan_capacity(self.data.section, sizes, self.world_size, self.device)
-        for name in self.data.splits:  # all loaders are there before the thread asks for them
+        section, gpu = self.data.section, self.device.type == "cuda"
+        needed = {
+            name: sample_bytes(name, d, self.data.splits[name]["train"], gpu, self.pool)
+            for name, d in section.datasets.items()
+        }
+        capacity = plan_capacity(section, needed, sizes, self.world_size, self.device)
+        for name in self.data.splits:  # all are there and built before the first step
             for split, size in global_batches.items():
-                self.training(name, split, size)
+                self.training(name, split, size).build()
         self._ahead = Ahead(
             plan,
             lambda name, split: self._training[name, split],
@@ -198,7 +204,7 @@ class Loaders:
         return found
 
     def fallbacks(self) -> dict[str, int]:
-        """Training batches that DALI refused and that were decoded without it, by dataset."""
+        """Training batches of which DALI refused a file, by dataset."""
         return self._sum(lambda loader: loader.fallbacks)
 
     def _sum(self, value: Callable[[TrainLoader], int]) -> dict[str, int]:
@@ -211,4 +217,4 @@ class Loaders:
         self._stop_following()
         for loader in self._training.values():
             loader.close()
-        self.pool.shutdown(cancel_futures=True)
+        self.pool.shutdown()

@@ -68,7 +68,7 @@ class TrainLoader:
         seen: samples delivered; bad_count: how many of them are substitutes.
         substitutions: what is wrong with each unusable file, by path.
         reasons: how many samples were substituted, by what was wrong with the drawn file.
-        fallbacks: batches that DALI refused and that were decoded without it.
+        fallbacks: batches of which DALI refused a file, which is decoded without it from then on.
 
     Raises:
         ValueError: no samples, or a global batch that the processes cannot share evenly.
@@ -105,6 +105,7 @@ class TrainLoader:
             section, source_of(section, device), self._batch, device, threads, train=True
         )
         self._bad: dict[int, str] = {}  # sample index -> reason
+        self._refused: set[str] = set()  # files that DALI's decoder cannot read
         self._next = 0
         self._queue: deque[Started] = deque()
 
@@ -120,6 +121,10 @@ class TrainLoader:
         if batch != self._next:
             self._cancel()
             self._next = batch
+
+    def build(self) -> None:
+        """Builds what makes the batches, which otherwise the first one waits for."""
+        self._graphs.build()
 
     def next(self) -> Batch:
         """The next batch.
@@ -145,7 +150,9 @@ class TrainLoader:
         ready = [future.result() for future in started.futures]
         if any(one.feed is None for one in ready):
             return Made(None, ready)
-        return self._graphs.run(ready, partial(self._redo, started.number))
+        made = self._graphs.run(ready, partial(self._redo, started.number))
+        self._refused.update(made.refused)
+        return made
 
     def deliver(self, made: Made) -> Batch:
         """Counts a batch's samples and substitutes as seen.
@@ -154,7 +161,7 @@ class TrainLoader:
             TooManyBadFiles: with them, the dataset has too many unusable files.
         """
         self.seen += len(made.ready)
-        self.fallbacks += made.refused
+        self.fallbacks += bool(made.refused)
         for one in made.ready:
             self.substitutions.update(one.failures)
             if one.failures:
@@ -180,10 +187,11 @@ class TrainLoader:
         for step in range(min(MAX_TRIES, len(samples))):
             tried = (index + step) % len(samples)
             if tried not in self._bad:
+                safely = safe or samples[tried].path in self._refused
                 try:
-                    return Ready(self._files.train(tried, draw, safe), samples[tried], failures)
+                    return Ready(self._files.train(tried, draw, safely), samples[tried], failures)
                 except BadFile as error:
-                    self._bad[tried] = error.reason
+                    self._bad.setdefault(tried, error.reason)
             failures[samples[tried].path] = self._bad[tried]
         return Ready(None, samples[index], failures)
 

@@ -191,7 +191,7 @@ class GraphError(RuntimeError):
 
 
 class Graph:
-    """A pipeline that is built when the first batch comes.
+    """A pipeline that is built by `build`, or when the first batch comes.
 
     `run` is synchronous. After a `GraphError` the object is still usable: the dead pipeline is
     thrown away and the next call builds a new one.
@@ -200,6 +200,13 @@ class Graph:
     def __init__(self, make: Callable[[], Pipeline]) -> None:
         self._make = make
         self._pipeline: Pipeline | None = None
+
+    def build(self) -> Pipeline:
+        """The pipeline, ready to run: seconds the first time where RandAugment is on."""
+        if self._pipeline is None:
+            self._pipeline = self._make()
+            self._pipeline.build()
+        return self._pipeline
 
     def run(self, feeds: Sequence[Feed]) -> Tensor:
         """One batch, float32 (B, 3, H, W) or (B, 3, T, H, W), on the pipeline's device.
@@ -210,13 +217,11 @@ class Graph:
         Raises:
             GraphError: DALI cannot process an input.
         """
-        if self._pipeline is None:
-            self._pipeline = self._make()
-            self._pipeline.build()
+        pipeline = self.build()
         try:
             for name in feeds[0]:
-                self._pipeline.feed_input(name, [feed[name] for feed in feeds])
-            (output,) = self._pipeline.run()
+                pipeline.feed_input(name, [feed[name] for feed in feeds])
+            (output,) = pipeline.run()
         except (RuntimeError, ValueError, TypeError, IndexError) as error:  # DALI raises them all
             self.close()
             raise GraphError(str(error).strip()) from error

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vimnas_ds.config import DatasetSection
+from vimnas_ds.data.blob import length_of
 from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.decode import read_clip
-from vimnas_ds.data.encoded import read_encoded, read_indexed
+from vimnas_ds.data.encoded import LARGEST, read_encoded, read_indexed
 from vimnas_ds.data.images import read_image
 from vimnas_ds.data.sampling import Cut, SampleDraw, whole_picture
 from vimnas_ds.data.store import open_store
@@ -105,7 +106,7 @@ class FilePreparer:
             return image.width, image.height
         assert section.frames is not None
         assert section.fps is not None
-        if self._nvdec and not safe:
+        if self._nvdec and not safe and length_of(path) <= LARGEST:
             facts = self.samples[index].video
             clip = None
             if facts is not None:

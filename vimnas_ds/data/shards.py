@@ -30,6 +30,7 @@ from vimnas_ds.config import DatasetSection
 from vimnas_ds.data.bad import BadAnnotations, BadFile, DataMissing, UnfitIndex
 from vimnas_ds.data.blob import Blob
 from vimnas_ds.data.listing import LOSSLESS, Listing, Sample
+from vimnas_ds.data.readers import begin_reading
 
 FORMAT = 1
 METADATA = b"vimnas_shards"
@@ -210,6 +211,7 @@ class Shards:
             raise BadFile(path, "not in the shards")
         shard = int(self._shard[row])
         file = self._files[shard]
+        begin_reading(f"{file}/{path}")
         try:
             data = self._read(shard, int(self._offset[row]), int(self._size[row]))
         except OSError as error:

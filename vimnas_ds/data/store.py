@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vimnas_ds.config import DatasetSection
 from vimnas_ds.data.blob import Media
+from vimnas_ds.data.readers import begin_file
 from vimnas_ds.data.shards import Shards, open_shards
 
 
@@ -16,8 +17,8 @@ class Folder:
         self._root = root.absolute()
 
     def file(self, path: str) -> Media:
-        """The file of this path relative to the root; whether it is there its reader finds out."""
-        return self._root / path
+        """The file of this path relative to the root. Raises BadFile as `begin_file`."""
+        return begin_file(self._root / path)
 
 
 def open_store(name: str, section: DatasetSection) -> Folder | Shards:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from vimnas_ds.config import DatasetSection
 from vimnas_ds.data.bad import BadFile
+from vimnas_ds.data.blob import length_of
 from vimnas_ds.data.catalog import Sample
+from vimnas_ds.data.encoded import LARGEST
 from vimnas_ds.data.images import read_image
 from vimnas_ds.data.pipelines import Device, Graph, GraphError, Source
 from vimnas_ds.data.prepare import Feed
@@ -146,7 +148,7 @@ class ViewLoader:
         assert section.frames is not None
         assert section.fps is not None
         times = partial(plan.times, frames=section.frames, fps=section.fps)
-        if self._source == "nvdec" and not safe:
+        if self._source == "nvdec" and not safe and length_of(path) <= LARGEST:
             clip = read_encoded_views(path, times)
             if clip is not None:
                 places = plan.places(clip.width, clip.height)

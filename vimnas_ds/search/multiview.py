@@ -11,7 +11,6 @@ nor on the batch size (but for the rounding of the network itself).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from vimnas_ds.config import ConfigError
 from vimnas_ds.confusion import Confusion
 from vimnas_ds.data.bad import DataMissing
+from vimnas_ds.data.readers import Readers
 from vimnas_ds.data.view_loader import ViewBatch, ViewLoader
 from vimnas_ds.data.views import Placement, ViewPlan
 from vimnas_ds.processes import cores_per_process
@@ -82,9 +82,9 @@ class MultiViewEvaluator:
                 self._plans[name] = ViewPlan(clips, crops, placement, stride)
             except ValueError as err:
                 raise ConfigError(str(err)) from err
-        workers = run.config.vimnas.data.workers
-        self._workers = workers or min(16, cores_per_process(run.ranks.world_size))
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
+        data = run.config.vimnas.data
+        self._workers = data.workers or min(16, cores_per_process(run.ranks.world_size))
+        self._pool = Readers(self._workers, data.file_timeout)
 
     def plan(self, dataset: str) -> ViewPlan:
         return self._plans[dataset]
@@ -169,4 +169,4 @@ class MultiViewEvaluator:
         found |= dict(sorted(item for part in parts for item in part.items()))
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown()

@@ -19,7 +19,7 @@ class FaultReport:
         self._console, self._board = console, board
         self._named: set[tuple[str, str]] = set()
         self.replaced: dict[str, int] = {}  #: samples replaced so far, by dataset, over all ranks
-        self.slow_batches: dict[str, int] = {}  #: batches that DALI refused, likewise
+        self.slow_batches: dict[str, int] = {}  #: batches of which DALI refused a file, likewise
         self.reasons: dict[str, Counter[str]] = {}  #: the replaced samples by what was wrong
 
     def collect(self, step: int) -> None:
