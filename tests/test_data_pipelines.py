@@ -76,6 +76,11 @@ def same(a: Batch, b: Batch) -> bool:
     return torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and a.names == b.names
 
 
+def planes(clip: np.ndarray) -> np.ndarray:
+    """(T, h, w, 3) -> (T, 3, h, w)."""
+    return np.ascontiguousarray(clip.transpose(0, 3, 1, 2))
+
+
 class Frames:
     """The training graph fed with frames; inputs are neutral unless given."""
 
@@ -90,7 +95,7 @@ class Frames:
             identity = [NUM_OPS - 1] * self.count
             values = {"ops": identity, "bins": [0] * self.count, "signs": [0] * self.count} | values
         feed: dict[str, Any] = {name: np.array(v, np.int32) for name, v in values.items()}
-        return self.graph.run([feed | {"frames": np.ascontiguousarray(clip)}])[0].numpy()
+        return self.graph.run([feed | {"frames": planes(clip)}])[0].numpy()
 
 
 # -- graphs -----------------------------------------------------------------------------------
@@ -103,6 +108,16 @@ def test_normalisation_is_imagenets_and_the_layout_is_channels_first() -> None:
     graph = Frames(recipe)
     np.testing.assert_allclose(graph(clip), expected, atol=1e-5)
     np.testing.assert_allclose(graph(clip, flip=1), expected[..., ::-1], atol=1e-5)
+
+
+def test_a_batch_keeps_its_pixels_when_its_graph_runs_again_and_is_gone() -> None:
+    graph = Frames(section(None, "video"))
+    first = graph(np.full((4, 32, 32, 3), 200, np.uint8))
+    before = first.copy()
+    for value in range(4):
+        graph(np.full((4, 32, 32, 3), value, np.uint8))
+    del graph
+    np.testing.assert_array_equal(first, before)
 
 
 def test_a_clip_gets_one_augmentation_for_all_its_frames() -> None:
@@ -192,7 +207,7 @@ def test_evaluation_crops_the_place_asked_for() -> None:
     clip = np.broadcast_to(across, (4, 40, 80, 3)).astype(np.uint8)
     graph = Graph(lambda: build_eval_pipeline(recipe, "frames", 1))
     for place in (0.0, 0.5, 1.0):
-        out = graph.run([{"frames": clip.copy("C"), "place": np.array([0.5, place], np.float32)}])
+        out = graph.run([{"frames": planes(clip), "place": np.array([0.5, place], np.float32)}])
         assert out.shape == (1, 3, 4, 32, 32)
         left = place * (80 - 32)
         row = out[0, 0, 0, 16].numpy() * STD[0] + MEAN[0]

@@ -51,7 +51,7 @@ def build_train_pipeline(
 ) -> Pipeline:
     """The training graph of a dataset for batches of at most `batch` samples.
 
-    Inputs, one array per sample: `encoded` uint8 (n,) or `frames` uint8 (T, size, size, 3);
+    Inputs, one array per sample: `encoded` uint8 (n,) or `frames` uint8 (T, 3, size, size);
     `numbers` int32 (T,) for nvdec; `anchor` and `extent` int32 (2,), the crop's (top, left) and
     (height, width), except for frames; `flip` int32 (); `ops`, `bins`, `signs` int32 (n,) if
     RandAugment is on; `erase_anchor` and `erase_extent` float32 (2,) if erasing is on.
@@ -72,6 +72,8 @@ def build_train_pipeline(
             ops, bins, signs = (
                 graph_input(name, 1, types.INT32) for name in ("ops", "bins", "signs")
             )
+            if source == "frames":
+                x = fn.transpose(x, perm=[0, 2, 3, 1])
             x = apply_operations(x, ops, bins, signs, augment.n, section.size)
         x = normalised(x, section, mirror=graph_input("flip", 0, types.INT32))
         if section.random_erasing:
@@ -121,7 +123,7 @@ def graph_input(
 
 
 def _cropped(source: Source, device: Device) -> DataNode:
-    """HWC images or FHWC clips: cropped, except for nvdec."""
+    """Pictures, cropped except for nvdec; layouts as of `whole_pictures`."""
     if source != "image":
         return whole_pictures(source, device)
     return fn.decoders.image_slice(
@@ -136,9 +138,9 @@ def _cropped(source: Source, device: Device) -> DataNode:
 
 
 def whole_pictures(source: Source, device: Device) -> DataNode:
-    """HWC images or FHWC clips as they are."""
+    """HWC images, FHWC clips or, as they come from PyAV, FCHW clips."""
     if source == "frames":
-        x = graph_input("frames", 4, types.UINT8, "FHWC")
+        x = graph_input("frames", 4, types.UINT8, "FCHW")
         return x.gpu() if device == "gpu" else x
     encoded = graph_input("encoded", 1, types.UINT8)
     decoder = "mixed" if device == "gpu" else "cpu"
@@ -182,7 +184,7 @@ def assemble(
         num_threads=threads,
         device_id=(device_id or 0) if device == "gpu" else None,
         prefetch_queue_depth=1,
-        exec_dynamic=device == "gpu",  # saves GPU memory; the plain executor is a little quicker
+        exec_dynamic=True,  # an output's memory is its own: the next run does not write there
     )
 
 
@@ -220,8 +222,9 @@ class Graph:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:  # DALI raises them all
             self.close()
             raise GraphError(str(error).strip()) from error
-        batch = torch.from_dlpack(output.as_tensor()).clone()
-        if batch.is_cuda:  # the pipeline's memory is reused by the next run
+        batch = torch.from_dlpack(output.as_tensor())
+        if batch.is_cuda:  # DALI's memory is freed on DALI's stream, whoever still reads it
+            batch = batch.clone()
             torch.cuda.current_stream(batch.device).synchronize()
         return batch
 
