@@ -144,7 +144,7 @@ def sheet_of(
     if not section.is_image:
         title += f", {section.frames} frames at {section.fps:g} fps"
     names = captions(y, data.catalogs[name].class_names)
-    labels = [f"{of}  {Path(file).name}" for of, file in zip(names, batch.names, strict=True)]
+    labels = [f"{of} | {Path(file).name}" for of, file in zip(names, batch.names, strict=True)]
     side = {"min_side": IMAGE_SIDE} if section.is_image else {}
     return title, contact_sheet(x, labels, max_samples=args.count, **side)
 
