@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from vimnas_ds.data.augment import SUITE
 from vimnas_ds.data.bad import TooManyBadFiles
 from vimnas_ds.data.batches import Graphs, Ready
 from vimnas_ds.data.catalog import Sample
+from vimnas_ds.data.image_graph import ImageGraph
 from vimnas_ds.data.loader import Batch, EvalLoader, TrainLoader
 from vimnas_ds.data.order import Stream, locate
 from vimnas_ds.data.pipelines import (
@@ -199,6 +201,28 @@ def test_images_are_cropped_by_the_drawn_window(images: Data, pool: ThreadPoolEx
         error = np.abs(batch.x[p].numpy().transpose(1, 2, 0) - expected)
         assert error.mean() < 0.03
         assert error.max() < 0.4
+
+
+@pytest.mark.parametrize("changes", [{}, {"randaugment": {"n": 1}}])
+def test_the_cpus_image_graph_resizes_the_crop_as_pillow_does(changes: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (90, 120, 3)).astype(np.uint8))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    graph = ImageGraph(section(None, size=40, **changes), 2, 1)
+    identity = {"ops": [NUM_OPS - 1], "bins": [0], "signs": [0]} if changes else {}
+    feeds = []
+    expected = []
+    for top, left, height, width, flip in ((10, 30, 70, 60, 0), (3, 5, 20, 30, 1)):
+        inputs = {"anchor": [top, left], "extent": [height, width], "flip": flip, **identity}
+        feed = {name: np.array(value, np.int32) for name, value in inputs.items()}
+        feeds.append({"encoded": np.frombuffer(file.getvalue(), np.uint8), **feed})
+        part = picture.crop((left, top, left + width, top + height))
+        resized = np.asarray(part.resize((40, 40), Image.Resampling.BILINEAR))
+        expected.append(resized[:, ::-1] if flip else resized)
+    grey = graph.run(feeds).numpy().transpose(0, 2, 3, 1) * np.array(STD) + np.array(MEAN)
+    assert np.abs(grey - np.stack(expected)).max() < 1.01
+    graph.close()
 
 
 def test_evaluation_crops_the_place_asked_for() -> None:
