@@ -25,7 +25,8 @@ BENCHES = (
     ("bench_step.py", "--video"),
     ("bench_engine.py",),
     ("bench_memory.py",),
-    ("bench_data.py",),
+    ("bench_loader.py",),
+    ("bench_loader.py", "--images"),
     ("bench_views.py",),
     ("bench_evolve.py",),
 )

@@ -106,6 +106,32 @@ def interleave(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def interleave_cpu(
+    sides: Mapping[str, Callable[[int], object]], runs: int, unit: str, units: int = 1
+) -> dict[str, float]:
+    """Median CPU-seconds of every side, all threads of the process counted, per `unit`, of which a
+    call makes `units`. Sides are called with the number of the round; the first two warm up."""
+    costs: dict[str, list[float]] = {name: [] for name in sides}
+    walls: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
+    for i in range(runs + 2):
+        for name in order:
+            wall, cpu = time.perf_counter(), time.process_time()
+            sides[name](i)
+            if i >= 2:
+                costs[name].append((time.process_time() - cpu) / units)
+                walls[name].append((time.perf_counter() - wall) / units)
+        order.reverse()
+    for name, values in costs.items():
+        low, middle, high = (1e3 * value for value in quartiles(values))
+        print(
+            f"  {name:<34} {middle:8.3f} CPU-ms {unit}, quartiles {low:.3f} to {high:.3f}; "
+            f"{1 / statistics.median(walls[name]):.1f}/s",
+            flush=True,
+        )
+    return {name: statistics.median(values) for name, values in costs.items()}
+
+
 def _seconds(side: Side, repeats: int, place: Place) -> float:
     place.wait()
     started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from vimnas_ds.data.augment import SUITE
 from vimnas_ds.data.bad import TooManyBadFiles
 from vimnas_ds.data.batches import Graphs, Ready
 from vimnas_ds.data.catalog import Sample
+from vimnas_ds.data.image_graph import ImageGraph
 from vimnas_ds.data.loader import Batch, EvalLoader, TrainLoader
 from vimnas_ds.data.order import Stream, locate
 from vimnas_ds.data.pipelines import (
@@ -76,6 +78,11 @@ def same(a: Batch, b: Batch) -> bool:
     return torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and a.names == b.names
 
 
+def planes(clip: np.ndarray) -> np.ndarray:
+    """(T, h, w, 3) -> (T, 3, h, w)."""
+    return np.ascontiguousarray(clip.transpose(0, 3, 1, 2))
+
+
 class Frames:
     """The training graph fed with frames; inputs are neutral unless given."""
 
@@ -90,7 +97,7 @@ class Frames:
             identity = [NUM_OPS - 1] * self.count
             values = {"ops": identity, "bins": [0] * self.count, "signs": [0] * self.count} | values
         feed: dict[str, Any] = {name: np.array(v, np.int32) for name, v in values.items()}
-        return self.graph.run([feed | {"frames": np.ascontiguousarray(clip)}])[0].numpy()
+        return self.graph.run([feed | {"frames": planes(clip)}])[0].numpy()
 
 
 # -- graphs -----------------------------------------------------------------------------------
@@ -103,6 +110,16 @@ def test_normalisation_is_imagenets_and_the_layout_is_channels_first() -> None:
     graph = Frames(recipe)
     np.testing.assert_allclose(graph(clip), expected, atol=1e-5)
     np.testing.assert_allclose(graph(clip, flip=1), expected[..., ::-1], atol=1e-5)
+
+
+def test_a_batch_keeps_its_pixels_when_its_graph_runs_again_and_is_gone() -> None:
+    graph = Frames(section(None, "video"))
+    first = graph(np.full((4, 32, 32, 3), 200, np.uint8))
+    before = first.copy()
+    for value in range(4):
+        graph(np.full((4, 32, 32, 3), value, np.uint8))
+    del graph
+    np.testing.assert_array_equal(first, before)
 
 
 def test_a_clip_gets_one_augmentation_for_all_its_frames() -> None:
@@ -186,13 +203,35 @@ def test_images_are_cropped_by_the_drawn_window(images: Data, pool: ThreadPoolEx
         assert error.max() < 0.4
 
 
+@pytest.mark.parametrize("changes", [{}, {"randaugment": {"n": 1}}])
+def test_the_cpus_image_graph_resizes_the_crop_as_pillow_does(changes: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (90, 120, 3)).astype(np.uint8))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    graph = ImageGraph(section(None, size=40, **changes), 2, 1)
+    identity = {"ops": [NUM_OPS - 1], "bins": [0], "signs": [0]} if changes else {}
+    feeds = []
+    expected = []
+    for top, left, height, width, flip in ((10, 30, 70, 60, 0), (3, 5, 20, 30, 1)):
+        inputs = {"anchor": [top, left], "extent": [height, width], "flip": flip, **identity}
+        feed = {name: np.array(value, np.int32) for name, value in inputs.items()}
+        feeds.append({"encoded": np.frombuffer(file.getvalue(), np.uint8), **feed})
+        part = picture.crop((left, top, left + width, top + height))
+        resized = np.asarray(part.resize((40, 40), Image.Resampling.BILINEAR))
+        expected.append(resized[:, ::-1] if flip else resized)
+    grey = graph.run(feeds).numpy().transpose(0, 2, 3, 1) * np.array(STD) + np.array(MEAN)
+    assert np.abs(grey - np.stack(expected)).max() < 1.01
+    graph.close()
+
+
 def test_evaluation_crops_the_place_asked_for() -> None:
     recipe = section(None, "video", size=32, resize=40)
     across = 3 * np.arange(80)[None, None, :, None]
     clip = np.broadcast_to(across, (4, 40, 80, 3)).astype(np.uint8)
     graph = Graph(lambda: build_eval_pipeline(recipe, "frames", 1))
     for place in (0.0, 0.5, 1.0):
-        out = graph.run([{"frames": clip.copy("C"), "place": np.array([0.5, place], np.float32)}])
+        out = graph.run([{"frames": planes(clip), "place": np.array([0.5, place], np.float32)}])
         assert out.shape == (1, 3, 4, 32, 32)
         left = place * (80 - 32)
         row = out[0, 0, 0, 16].numpy() * STD[0] + MEAN[0]

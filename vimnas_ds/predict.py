@@ -38,12 +38,13 @@ def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
     if steps["frames"] is None:
         try:
             with Image.open(file) as picture:
-                pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
+                rgb = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
         except (OSError, ValueError) as err:
             raise BadFile(str(file), f"not a readable picture: {err}") from err
+        pixels = rgb.transpose(2, 0, 1)[None]
     else:
         pixels = read_clip(file, steps["frames"], steps["fps"], 0.5)
-    x = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float()  # (T, 3, H, W)
+    x = torch.from_numpy(pixels).float()  # (T, 3, H, W)
     scale = steps["resize"] / min(x.shape[-2:])
     shape = [max(steps["size"], round(n * scale)) for n in x.shape[-2:]]
     x = F.interpolate(x, shape, mode="bilinear", antialias=True, align_corners=False)

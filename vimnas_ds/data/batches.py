@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vimnas_ds.config import DatasetSection
 from vimnas_ds.data.catalog import Sample
+from vimnas_ds.data.image_graph import ImageGraph
 from vimnas_ds.data.pipelines import (
     Device,
     Graph,
@@ -85,16 +86,20 @@ class Graphs:
         threads: int,
         train: bool,
     ) -> None:
-        build = build_train_pipeline if train else build_eval_pipeline
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._source: Source = source
         self._safe: Source = "image" if section.is_image else "frames"
         where: Device = "gpu" if device.type == "cuda" else "cpu"
-        self._graphs = {
-            one: Graph(partial(build, section, one, batch, where, threads, device.index))
-            for one in dict.fromkeys((self._source, self._safe))
-        }
+        self._graphs: dict[Source, Graph | ImageGraph]
+        if train and section.is_image and where == "cpu":
+            self._graphs = {"image": ImageGraph(section, batch, threads)}
+        else:
+            build = build_train_pipeline if train else build_eval_pipeline
+            self._graphs = {
+                one: Graph(partial(build, section, one, batch, where, threads, device.index))
+                for one in dict.fromkeys((self._source, self._safe))
+            }
 
     def build(self) -> None:
         """Builds the loader's graph now instead of with the first batch."""

@@ -49,7 +49,7 @@ def read_clip(
     start: float,
     cut: Callable[[int, int], Cut] | None = None,
 ) -> Pixels:
-    """Decodes one clip: uint8 (T, h, w, 3), RGB, upright, (h, w) being the cut's size.
+    """Decodes one clip: uint8 (T, 3, h, w), RGB, upright, (h, w) being the cut's size.
 
     Args:
         frames, fps: the clip's length and sampling rate.
@@ -242,7 +242,7 @@ class _Fill:
         self.shown: list[float] = []  #: the time of the frame shown at each of them
         self.damaged = False
         self.cut = cut
-        self.clip: Pixels = np.empty((0, 0, 0, 3), np.uint8)
+        self.clip: Pixels = np.empty((0, 3, 0, 0), np.uint8)
         self.convert: Converter | None = None
 
     @property
@@ -259,7 +259,8 @@ class _Fill:
             return
         if self.convert is None:
             self.convert = Converter(frame, self.cut)
-            self.clip = np.empty((len(self.times), *self.convert.size, 3), np.uint8)
-        self.clip[begin:end] = self.convert(frame)
+            self.clip = np.empty((len(self.times), 3, *self.convert.size), np.uint8)
+        self.convert(frame, self.clip[begin])
+        self.clip[begin + 1 : end] = self.clip[begin]
         self.shown += [stamp] * (end - begin)
         self.damaged |= frame.is_corrupt

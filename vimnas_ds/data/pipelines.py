@@ -6,7 +6,8 @@
 One graph serves images, (B, 3, H, W), and clips, (B, 3, T, H, W). What differs is the source:
 
     image   encoded bytes, decoded by DALI (CPU: only the cropped part; GPU: hybrid decoder)
-    frames  uint8 frames decoded, cropped and resized by PyAV (all codecs, also for a GPU graph)
+    frames  uint8 frames decoded, cropped and resized by PyAV (all codecs, also for a GPU graph);
+            for training on images, the picture cropped and resized (see `image_graph`)
     nvdec   encoded video and frame numbers, decoded by the GPU
 
 The mirror comes after RandAugment because it is free inside the normalisation; the signs of the
@@ -26,6 +27,7 @@ import nvidia.dali.fn as fn
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, pipeline_def, types
+from nvidia.dali.backend import TensorListCPU, TensorListGPU
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
@@ -51,16 +53,17 @@ def build_train_pipeline(
 ) -> Pipeline:
     """The training graph of a dataset for batches of at most `batch` samples.
 
-    Inputs, one array per sample: `encoded` uint8 (n,) or `frames` uint8 (T, size, size, 3);
-    `numbers` int32 (T,) for nvdec; `anchor` and `extent` int32 (2,), the crop's (top, left) and
-    (height, width), except for frames; `flip` int32 (); `ops`, `bins`, `signs` int32 (n,) if
-    RandAugment is on; `erase_anchor` and `erase_extent` float32 (2,) if erasing is on.
+    Inputs, one array per sample: `encoded` uint8 (n,) or `frames` uint8 (T, 3, size, size), of
+    images (3, size, size); `numbers` int32 (T,) for nvdec; `anchor` and `extent` int32 (2,), the
+    crop's (top, left) and (height, width), except for frames; `flip` int32 (); `ops`, `bins`,
+    `signs` int32 (n,) if RandAugment is on; `erase_anchor` and `erase_extent` float32 (2,) if
+    erasing is on.
     """
     augment = section.randaugment
 
     @pipeline_def(enable_conditionals=augment is not None)
     def graph() -> DataNode:
-        x = _cropped(source, device)
+        x = _pixels(source, device, section.is_image)
         size = [section.size, section.size]
         if source == "nvdec":  # the decoder gives whole frames: crop and resize are one step
             top_left = fn.cast(graph_input("anchor", 1, types.INT32), dtype=types.FLOAT)
@@ -72,6 +75,8 @@ def build_train_pipeline(
             ops, bins, signs = (
                 graph_input(name, 1, types.INT32) for name in ("ops", "bins", "signs")
             )
+            if source == "frames":  # planes; it wants colours together
+                x = fn.transpose(x, perm=[1, 2, 0] if section.is_image else [0, 2, 3, 1])
             x = apply_operations(x, ops, bins, signs, augment.n, section.size)
         x = normalised(x, section, mirror=graph_input("flip", 0, types.INT32))
         if section.random_erasing:
@@ -120,10 +125,22 @@ def graph_input(
     return fn.external_source(name=name, ndim=ndim, dtype=dtype, layout=layout, no_copy=True)
 
 
-def _cropped(source: Source, device: Device) -> DataNode:
-    """HWC images or FHWC clips: cropped, except for nvdec."""
-    if source != "image":
-        return whole_pictures(source, device)
+def build_crop_pipeline(batch: int, threads: int = 1) -> Pipeline:
+    """The crops of images as they are, uint8 HWC, on the CPU: `encoded`, `anchor`, `extent` in."""
+    graph = pipeline_def(lambda: _crop("cpu"))
+    return assemble(graph, batch, "cpu", threads, None)
+
+
+def _pixels(source: Source, device: Device, is_image: bool) -> DataNode:
+    """What training sees: cropped, except for nvdec; layouts as of `whole_pictures`, or CHW."""
+    if source == "image":
+        return _crop(device)
+    if source == "frames" and is_image:
+        return graph_input("frames", 3, types.UINT8, "CHW")
+    return whole_pictures(source, device)
+
+
+def _crop(device: Device) -> DataNode:
     return fn.decoders.image_slice(
         graph_input("encoded", 1, types.UINT8),
         graph_input("anchor", 1, types.INT32),
@@ -136,9 +153,9 @@ def _cropped(source: Source, device: Device) -> DataNode:
 
 
 def whole_pictures(source: Source, device: Device) -> DataNode:
-    """HWC images or FHWC clips as they are."""
+    """HWC images, FHWC clips or, as they come from PyAV, FCHW clips."""
     if source == "frames":
-        x = graph_input("frames", 4, types.UINT8, "FHWC")
+        x = graph_input("frames", 4, types.UINT8, "FCHW")
         return x.gpu() if device == "gpu" else x
     encoded = graph_input("encoded", 1, types.UINT8)
     decoder = "mixed" if device == "gpu" else "cpu"
@@ -182,7 +199,7 @@ def assemble(
         num_threads=threads,
         device_id=(device_id or 0) if device == "gpu" else None,
         prefetch_queue_depth=1,
-        exec_dynamic=device == "gpu",  # saves GPU memory; the plain executor is a little quicker
+        exec_dynamic=True,  # an output's memory is its own: the next run does not write there
     )
 
 
@@ -217,6 +234,18 @@ class Graph:
         Raises:
             GraphError: DALI cannot process an input.
         """
+        batch = torch.from_dlpack(self._output(feeds).as_tensor())
+        if batch.is_cuda:  # DALI's memory is freed on DALI's stream, whoever still reads it
+            batch = batch.clone()
+            torch.cuda.current_stream(batch.device).synchronize()
+        return batch
+
+    def run_each(self, feeds: Sequence[Feed]) -> list[Tensor]:
+        """The samples' outputs, of any sizes; for pipelines on the CPU. As `run` otherwise."""
+        output = self._output(feeds)
+        return [torch.from_dlpack(output[i]) for i in range(len(feeds))]
+
+    def _output(self, feeds: Sequence[Feed]) -> TensorListCPU | TensorListGPU:
         pipeline = self.build()
         try:
             for name in feeds[0]:
@@ -225,10 +254,7 @@ class Graph:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:  # DALI raises them all
             self.close()
             raise GraphError(str(error).strip()) from error
-        batch = torch.from_dlpack(output.as_tensor()).clone()
-        if batch.is_cuda:  # the pipeline's memory is reused by the next run
-            torch.cuda.current_stream(batch.device).synchronize()
-        return batch
+        return output
 
     def close(self) -> None:
         """Frees the pipeline and its threads."""

@@ -124,4 +124,4 @@ class FilePreparer:
 
         frames = read_clip(path, section.frames, section.fps, start, cut)
         feed["frames"] = frames
-        return frames.shape[2], frames.shape[1]
+        return frames.shape[3], frames.shape[2]

@@ -3,7 +3,7 @@
 Clips of a test overlap (4 x 64 frames at 15 fps are 17 s of a 10 s video), so their times are
 merged, the file is decoded forward once, and what comes out is
 
-    the distinct frames (F, h, w, 3)    and    order (clips, T): which of them each clip shows
+    the distinct frames (F, 3, h, w)    and    order (clips, T): which of them each clip shows
 
 The packets' timestamps are read first (no decoding, 1 % of the cost): they give the true duration,
 whatever the header says, and the key frames, so that a long gap between clips, or before the first
@@ -41,7 +41,7 @@ Times = Callable[[float], NDArray[np.float64]]
 
 
 class Views(NamedTuple):
-    """The distinct frames, uint8 (F, h, w, 3), and what each clip shows, int32 (clips, T)."""
+    """The distinct frames, uint8 (F, 3, h, w), and what each clip shows, int32 (clips, T)."""
 
     frames: Pixels
     order: NDArray[np.int32]
@@ -171,7 +171,7 @@ class _Frames:
         self._wanted: list[float] = wanted.tolist()
         self._next = self._end = self._count = 0
         self._convert: Converter | None = None
-        self._store: Pixels = np.empty((0, 0, 0, 3), np.uint8)
+        self._store: Pixels = np.empty((0, 3, 0, 0), np.uint8)
         self.shown = np.zeros(len(wanted), np.int32)
 
     @property
@@ -196,7 +196,7 @@ class _Frames:
         if self._convert is None:
             self._convert = Converter(frame, self._cut)
             # room for the most there can be; what is never written costs no memory
-            self._store = np.empty((len(self._wanted), *self._convert.size, 3), np.uint8)
-        self._store[self._count] = self._convert(frame)
+            self._store = np.empty((len(self._wanted), 3, *self._convert.size), np.uint8)
+        self._convert(frame, self._store[self._count])
         self.shown[begin:end] = self._count
         self._next, self._count = end, self._count + 1

@@ -36,7 +36,7 @@ def build_view_pipeline(
     """The graph for at most `batch` samples; its output is (B, V, 3, H, W) for images and
     (B, V, 3, T, H, W) for clips, V = clips x crops.
 
-    Inputs: `encoded` uint8 (n,), or `frames` uint8 (F, h, w, 3), shorter side resized; for video
+    Inputs: `encoded` uint8 (n,), or `frames` uint8 (F, 3, h, w), shorter side resized; for video
     `order` int32 (clips, T) into the frames, and `numbers` int32 (F,) for nvdec; `places` float32
     (crops, 2).
     """

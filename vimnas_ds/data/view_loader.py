@@ -155,7 +155,7 @@ class ViewLoader:
                 inputs = {"numbers": clip.numbers, "order": clip.order, "places": places}
                 return {"encoded": clip.data, **inputs}
         frames, order = read_views(path, times, self._cut)
-        places = plan.places(frames.shape[2], frames.shape[1])
+        places = plan.places(frames.shape[3], frames.shape[2])
         return {"frames": frames, "order": order, "places": places}
 
     def _cut(self, width: int, height: int) -> Cut:

@@ -125,7 +125,7 @@ class Board:
         """The first samples of a batch. y: (B,) class numbers, or (B, C) shares of mixed labels."""
         if self._writer is None:
             return
-        labels = [_label(row, class_names) for row in y.detach().float().cpu()]
+        labels = pictures.captions(y, class_names)
         self._picture(f"batch/{dataset}", pictures.contact_sheet(x, labels), step)
 
     def text(self, tag: str, text: str) -> None:
@@ -180,14 +180,3 @@ def _entropy(probabilities: Sequence[float]) -> float:
 
 def _labels(choices: Sequence[Choice]) -> list[str]:
     return [f"{choice:g}" for choice in choices]
-
-
-def _label(y: Tensor, class_names: Sequence[str]) -> str:
-    """A class number's name; of a row of shares the largest two, "disc 70% ring 30%"."""
-    if y.ndim == 0:
-        return class_names[int(y)]
-    share, index = y.topk(min(2, len(y)))
-    parts = [(class_names[i], s) for i, s in zip(index.tolist(), share.tolist(), strict=True)]
-    # Label smoothing gives every class a little: a second name is a mixed sample only above 5 %.
-    kept = parts[:1] + [part for part in parts[1:] if part[1] > 0.05]
-    return kept[0][0] if len(kept) == 1 else " ".join(f"{name} {s:.0%}" for name, s in kept)

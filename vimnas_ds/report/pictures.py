@@ -11,7 +11,7 @@ by Agg; no pyplot, which would keep global state and look for a display.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -26,7 +26,7 @@ Picture = NDArray[np.uint8]  # (H, W, 3)
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-#: Pictures whose shorter side is smaller are enlarged by whole factors until it is not.
+#: Least shorter side of a picture of a sheet, in pixels.
 MIN_SIDE = 112
 #: Height of the strip above each sample that holds its label, and the gap around tiles, in pixels.
 LABEL_HEIGHT = 20
@@ -38,13 +38,18 @@ MAX_WRITTEN_CELLS = 120
 
 
 def contact_sheet(
-    x: Tensor, labels: Sequence[str], max_samples: int = 8, max_frames: int = 8
+    x: Tensor,
+    labels: Sequence[str],
+    max_samples: int = 8,
+    max_frames: int = 8,
+    min_side: int = MIN_SIDE,
 ) -> Picture:
     """The first samples of a normalised batch, each under its label.
 
     x: (B, 3, H, W) images, `COLUMNS` in a row, or (B, 3, T, H, W) clips, one a row, with at most
     `max_frames` evenly spaced frames (the first and the last among them). Labels too long for
-    their sample are cut. Raises ValueError on other shapes or on a label too few.
+    their sample are cut. Pictures whose shorter side is smaller than `min_side` are enlarged by
+    whole factors until it is not. Raises ValueError on other shapes or on a label too few.
     """
     if x.ndim not in (4, 5) or x.shape[1] != 3 or not len(x):
         raise ValueError(f"x must be (B, 3, H, W) or (B, 3, T, H, W), got {tuple(x.shape)}")
@@ -58,7 +63,7 @@ def contact_sheet(
     else:
         pixels = pixels[:, :, _spread(pixels.shape[2], max_frames)]
         num_columns = 1
-    strips = [_strip(_grey_levels(sample)) for sample in pixels]
+    strips = [_strip(_grey_levels(sample), min_side) for sample in pixels]
 
     height, width = strips[0].shape[:2]
     num_rows = math.ceil(num_samples / num_columns)
@@ -74,6 +79,37 @@ def contact_sheet(
         draw.text((left + 1, top + LABEL_HEIGHT / 2), text, "black", font, anchor="lm")
         sheet.paste(Image.fromarray(strip), (left, top + LABEL_HEIGHT))
     return np.asarray(sheet)
+
+
+def captions(y: Tensor, class_names: Sequence[str]) -> list[str]:
+    """A label a sample. y: (B,) class numbers, or (B, C) shares of mixed labels, of which the
+    largest two are named: "disc 70% ring 30%"."""
+    return [_caption(row, class_names) for row in y.detach().float().cpu()]
+
+
+def _caption(y: Tensor, class_names: Sequence[str]) -> str:
+    if y.ndim == 0:
+        return class_names[int(y)]
+    share, index = y.topk(min(2, len(y)))
+    parts = [(class_names[i], s) for i, s in zip(index.tolist(), share.tolist(), strict=True)]
+    # Label smoothing gives every class a little: a second name is a mixed sample only above 5 %.
+    kept = parts[:1] + [part for part in parts[1:] if part[1] > 0.05]
+    return kept[0][0] if len(kept) == 1 else " ".join(f"{name} {s:.0%}" for name, s in kept)
+
+
+def under_titles(sheets: Mapping[str, Picture]) -> Picture:
+    """Pictures below each other, each under its title."""
+    margin, font = 2 * LABEL_HEIGHT, _font(15)
+    widest = max(font.getlength(title) for title in sheets)
+    width = max(math.ceil(widest) + 2 * GAP, *(sheet.shape[1] for sheet in sheets.values()))
+    height = sum(margin + sheet.shape[0] for sheet in sheets.values())
+    page = Image.new("RGB", (width, height), "white")
+    draw, top = ImageDraw.Draw(page), 0
+    for title, sheet in sheets.items():
+        draw.text((GAP, top + margin / 2), title, "black", font, anchor="lm")
+        page.paste(Image.fromarray(sheet), (0, top + margin))
+        top += margin + sheet.shape[0]
+    return np.asarray(page)
 
 
 def bars(
@@ -164,10 +200,10 @@ def _grey_levels(sample: Tensor) -> Picture:
     return np.rint(255 * finite.clip(0, 1)).astype(np.uint8)
 
 
-def _strip(frames: Picture) -> Picture:
+def _strip(frames: Picture, min_side: int) -> Picture:
     """(T, H, W, 3) -> one row of enlarged frames with a white gap between them."""
     num_frames, height, width, _ = frames.shape
-    factor = math.ceil(MIN_SIDE / min(height, width))
+    factor = math.ceil(min_side / min(height, width))
     frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = factor * height, factor * width
     strip = np.full((height, num_frames * (width + GAP) - GAP, 3), 255, np.uint8)
