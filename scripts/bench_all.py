@@ -27,6 +27,7 @@ BENCHES = (
     ("bench_memory.py",),
     ("bench_data.py",),
     ("bench_views.py",),
+    ("bench_perturb.py",),
 )
 LINE = re.compile(r"^(\S+) ratio (\S+) goal (\S+)$")
 
