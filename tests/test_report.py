@@ -390,5 +390,5 @@ def test_drops_are_shown_with_their_margins_and_noise_is_called_so():
     assert spans[:2] == [pytest.approx((1.3, 5.7)), pytest.approx((2.4, 4.6))]
     last = decisions_table(rows).splitlines()[-1].split("  ")
     assert [c.strip() for c in last if c.strip()] == [
-        "mlp_ratio[0]", "3.5", "3: +0.00", "3.5: +0.20", "4: +0.10", "0.10 +- 0.60", "within noise"
+        "mlp_ratio[0]", "3.5", "3: +0.00", "3.5: +0.20", "4: +0.10", "0.10 +- 0.60", "noise"
     ]  # fmt: skip
