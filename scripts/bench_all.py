@@ -29,6 +29,7 @@ BENCHES = (
     ("bench_loader.py", "--images"),
     ("bench_views.py",),
     ("bench_evolve.py",),
+    ("bench_perturb.py",),
 )
 #: benches whose ratio is to be above its goal
 MORE_IS_BETTER = frozenset({"evolve_two_ranks"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from tests.conftest import SMALL_TUBES, clip_batch, image_batch, randomise
 from tests.small import small_config
-from vimnas_ds.config import parse_config
+from vimnas_ds.config import ConfigError, parse_config
 from vimnas_ds.data.listing import Sample
 from vimnas_ds.data.loader import Batch
 from vimnas_ds.model.alphas import Alphas
@@ -20,9 +21,11 @@ from vimnas_ds.search.objective import parse_objective
 from vimnas_ds.search.perturb import OpenChoices, PerturbationSearch
 from vimnas_ds.search.prefix import PrefixCache
 from vimnas_ds.search.scoring import EvaluationLog, Evaluations
+from vimnas_ds.search.stages import TuningStages
 from vimnas_ds.space import SearchSpace
 from vimnas_ds.train.evaluate import Evaluator
 from vimnas_ds.train.ranks import Ranks
+from vimnas_ds.train.run_files import CheckpointError
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 SPACE = SearchSpace.uniform("test", (16, 24, 32), (2, 3, 4), (1, 2), (1, 2, 3), head_dim=8)
@@ -80,25 +83,30 @@ def build_net(space: SearchSpace = SPACE) -> Supernet:
     return net.eval().requires_grad_(False)
 
 
-def search_all(tmp_path, budget: int | None, net=None, sizes=SIZES, lossy=0, tune=None, **options):
-    """All decisions, every sample's losses, and the cache (budget None: without one)."""
+def build_search(folder, budget: int | None, net: Supernet, sizes=SIZES, lossy=0, **options):
+    """A search whose CSV goes to `folder`; budget None: without a cache."""
     samples = [Sample(f"{i}/{n}", 0) for i, size in enumerate(sizes) for n in range(size)]
     run = SimpleNamespace(
         config=parse_config(small_config()),
-        net=net or build_net(),
+        net=net,
         evaluator=MemoryEvaluator(sizes, lossy),
         ranks=CPU,
         data=SimpleNamespace(splits={name: {"select": samples} for name in DATASETS}),
         map_over_ranks=lambda f, items: list(f(items)),
     )
-    if tune is not None:
-        options["tune"] = lambda space, made: tune(run.net, space)
     cache = None if budget is None else PrefixCache(run, budget)
-    log = FullLog(tmp_path / f"{budget}.csv")
-    alphas = Alphas(run.net.space, 0.3, torch.Generator().manual_seed(1)).state_dict()
-    evaluations = Forgetful(run, log, parse_objective(None, DATASETS))
-    search = PerturbationSearch(evaluations, alphas, prefixes=cache, **options)
-    return list(search.decide_all(lambda: None)), log.losses, cache
+    alphas = Alphas(net.space, 0.3, torch.Generator().manual_seed(1)).state_dict()
+    evaluations = Forgetful(
+        run, FullLog(folder / "evaluations.csv"), parse_objective(None, DATASETS)
+    )
+    return PerturbationSearch(evaluations, alphas, prefixes=cache, **options)
+
+
+def search_all(folder, budget: int | None, net=None, **options):
+    """All decisions, every sample's losses, and the cache."""
+    search = build_search(folder, budget, net or build_net(), **options)
+    log = search.evaluations.log
+    return list(search.decide_all(lambda: None)), log.losses, search.prefixes
 
 
 def assert_same(one, other) -> None:
@@ -146,13 +154,17 @@ def test_a_batch_that_lost_a_file_is_another_batch(tmp_path):
 
 
 def test_tuning_forgets_the_activations(tmp_path):
-    def tune(net, space):
-        with torch.no_grad():
-            for parameter in net.parameters():
-                parameter.mul_(1.01)
+    def tuned(budget):
+        net = build_net()
 
-    plain = search_all(tmp_path, None, tune=tune)
-    assert_same(plain, search_all(tmp_path, FULL, tune=tune))
+        def tune(space, made):
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.mul_(1.01)
+
+        return search_all(tmp_path, budget, net, tune=tune)
+
+    assert_same(tuned(None), tuned(FULL))
 
 
 def count_branches(monkeypatch, tmp_path, budget) -> tuple[int, int]:
@@ -205,3 +217,78 @@ def test_layers_that_no_open_depth_reaches_are_not_computed(monkeypatch):
     assert torch.equal(short, full)
     (gradient,) = torch.autograd.grad(full.square().sum(), p["depth"])
     assert gradient[2] != 0
+
+
+class Killed(Exception):
+    """What a kill is to a test."""
+
+
+class FakeTuner:
+    """A tuner whose weights and place in the data decide what it does next, as the real one's."""
+
+    def __init__(self, net: Supernet, kill_at: int | None = None):
+        data = SimpleNamespace(fingerprint=lambda: 5)
+        self.run = SimpleNamespace(ranks=CPU, checkpoint=Path("step1"), data=data)
+        self.net, self.kill_at, self.position = net, kill_at, {"cursor": 7}
+
+    def __call__(self, space: SearchSpace) -> None:
+        if self.position["cursor"] == self.kill_at:
+            raise Killed
+        generator = torch.Generator().manual_seed(self.position["cursor"] + space.size())
+        with torch.no_grad():
+            for parameter in self.net.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        self.position["cursor"] += 1
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self.net.named_parameters()}
+
+    def restore(self, weights, position) -> None:
+        self.net.load_state_dict(weights)
+        self.position = dict(position)
+
+
+def staged(folder: Path, resume=False, kill_at=None, keep=2, **how):
+    """The decisions of a tuned search in `folder`."""
+    net = build_net()
+    log = folder / "evaluations.csv"
+    stages = TuningStages(folder / "decisions", FakeTuner(net, kill_at), how, keep, log)
+    search = build_search(folder, FULL, net, tune=stages, **how)
+    if resume:
+        search.go_on_from(stages.resume())
+    list(search.decide_all(lambda: None))
+    return search.made
+
+
+@pytest.mark.parametrize("order", ["as_listed", "random"])
+def test_a_killed_tuned_search_ends_as_an_uninterrupted_one(tmp_path, order):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    expected = staged(whole, order=order, rule="eliminate")
+    assert len({d.accuracy_before for d in expected}) > 3  # tuning matters
+    for kill_at in (9, 11):  # twice
+        with pytest.raises(Killed):
+            staged(killed, kill_at > 9, kill_at, order=order, rule="eliminate")
+    names = [f"{i:02d}-{d.name}" for i, d in enumerate(expected, 1)]
+    assert sorted(p.name for p in (killed / "decisions").iterdir()) == names[2:4]
+    found = staged(killed, True, order=order, rule="eliminate")
+    assert found == expected
+    a, b = ((folder / "evaluations.csv").read_text() for folder in (whole, killed))
+    assert a == b
+
+
+def test_a_stage_of_another_search_is_not_gone_on_from(tmp_path):
+    with pytest.raises(CheckpointError, match="start without --resume"):
+        staged(tmp_path, True)
+    with pytest.raises(Killed):
+        staged(tmp_path, kill_at=9, rule="keep")
+    with pytest.raises(ConfigError, match="made with rule keep, now eliminate"):
+        staged(tmp_path, True, rule="eliminate")
+    latest = max((tmp_path / "decisions").iterdir())
+    (latest / "weights.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=f"{latest.name} cannot be used"):
+        staged(tmp_path, True, rule="keep")
+    with pytest.raises(Killed):  # another search, from its start: its stages alone stay
+        staged(tmp_path, kill_at=8, rule="eliminate")
+    assert [p.name for p in (tmp_path / "decisions").iterdir()] == ["01-embed_dim"]

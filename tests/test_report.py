@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vimnas_ds.report import pictures
 from vimnas_ds.report.board import Board, _by_kind
 from vimnas_ds.report.console import Console, StepTimer, format_duration, summarise
+from vimnas_ds.report.decisions import DecisionRow, decisions_table, drops_figure
 from vimnas_ds.report.table import format_table
 from vimnas_ds.space import SPACES, Arch
 
@@ -366,3 +367,28 @@ def test_a_table_is_aligned_with_its_numbers_to_the_right() -> None:
     assert format_table(["a", "b"], []) == "a  b\n-  -"
     with pytest.raises(ValueError, match="2 columns, this row 1"):
         format_table(["a", "b"], [["1"]])
+
+
+def test_drops_are_shown_with_their_margins_and_noise_is_called_so():
+    rows = [
+        DecisionRow("depth", {12: 0.031, 13: -0.004}, 12, 0.035, 0.011, ""),
+        DecisionRow(
+            "mlp_ratio[0]", {3: 0, 3.5: 0.002, 4: 0.001}, 3.5, 0.001, 0.006, "within noise"
+        ),
+    ]
+    heat, margins = drops_figure(rows).axes
+    cells = [t.get_text() for t in heat.texts]
+    assert cells == ["12: +3.10", "13: -0.40", "3: +0.00", "3.5: +0.20", "4: +0.10"]
+    assert [t.get_text() for t in heat.texts if t.get_weight() == "bold"] == [cells[0], cells[3]]
+    assert len(heat.patches) == 2  # frames
+    assert [t.get_text() for t in heat.get_yticklabels()] == ["depth", "mlp_ratio[0]"]
+    assert [t.get_text() for t in margins.texts] == ["3.50 ± 1.10", "0.10 ± 0.60 *"]
+    dots = [line for line in margins.lines if line.get_marker() == "o"]
+    assert [d.get_xdata()[0] for d in dots] == pytest.approx([3.5, 0.1])
+    assert [d.get_markerfacecolor() == "white" for d in dots] == [False, True]
+    spans = [tuple(line.get_xdata()) for line in margins.lines if len(line.get_xdata()) == 2]
+    assert spans[:2] == [pytest.approx((1.3, 5.7)), pytest.approx((2.4, 4.6))]
+    last = decisions_table(rows).splitlines()[-1].split("  ")
+    assert [c.strip() for c in last if c.strip()] == [
+        "mlp_ratio[0]", "3.5", "3: +0.00", "3.5: +0.20", "4: +0.10", "0.10 +- 0.60", "noise"
+    ]  # fmt: skip

@@ -158,6 +158,7 @@ def test_an_export_loads_and_classifies_without_deepspeed_or_dali(exported, fold
     clip = next((folder / "data" / "k400" / "val").rglob("*.mp4"))
     code = f"""
 import sys
+import time
 from pathlib import Path
 for name in ("deepspeed", "nvidia", "nvidia.dali"):
     sys.modules[name] = None
@@ -276,3 +277,28 @@ def test_tuning_between_decisions_trains_the_supernet_and_still_decides(trained,
     assert accuracies[0][1] != pytest.approx(accuracies[1][1], abs=1e-5)  # after it
     after = load_file(next((trained / "checkpoints").glob("*/supernet.safetensors")))
     assert all(torch.equal(before[n], after[n]) for n in before)  # the checkpoint is untouched
+
+
+def test_a_killed_tuned_search_goes_on_to_the_same_result(trained, folder):
+    """SIGKILL as soon as two decisions are tuned; weights, moments and data are the real ones."""
+    options = ["--tune_steps", "2", "--tune_lr", "1e-3", "--datasets", "imagenet"]
+    options += ["--samples", "8", "--set", "bf16.enabled=true"]  # masters hold more than weights
+    expected = search("perturb_select.py", trained, folder / "whole", *options)
+    rows = list(csv.DictReader((folder / "whole" / "evaluations.csv").open()))
+    assert rows[-2]["loss"] != rows[-1]["loss"]  # the pick, tuned and as the checkpoint has it
+    out = folder / "killed"
+    command = [sys.executable, str(ROOT / "scripts" / "perturb_select.py"), *options]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(
+        [*command, "--checkpoint", str(trained), "--out", str(out)],
+        env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while running.poll() is None and not any(out.glob("decisions/02-*")):
+        time.sleep(0.02)
+    running.kill()
+    assert running.wait() == -9
+    assert not (out / "result.json").exists()
+    assert search("perturb_select.py", trained, out, *options, "--resume") == expected
+    a, b = ((folder / d / "evaluations.csv").read_text() for d in ("whole", "killed"))
+    assert a == b
+    assert (out / "drops.png").read_bytes().startswith(b"\x89PNG")

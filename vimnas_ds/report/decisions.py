@@ -44,11 +44,11 @@ def drops_figure(decisions: Sequence[DecisionRow]) -> Figure:
     widest = max(len(d.drop) for d in decisions)
     most = max(abs(v) for d in decisions for v in d.drop.values()) or 1.0
     rows = range(len(decisions))
-    size = (6.4 + 1.1 * widest, max(2.5, 1.2 + 0.32 * len(decisions)))
+    size = (5.0 + 1.1 * widest, max(2.5, 1.2 + 0.32 * len(decisions)))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     axes, beside = figure.subplots(1, 2, sharey=True, width_ratios=[1.1 * widest + 0.6, 3.0])
     grid = [[*d.drop.values(), *[math.nan] * (widest - len(d.drop))] for d in decisions]
-    image = axes.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    axes.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
     for row, decision in enumerate(decisions):
         for column, (choice, value) in enumerate(decision.drop.items()):
             text = f"{choice:g}: {100 * value:+.2f}"
@@ -71,12 +71,12 @@ def drops_figure(decisions: Sequence[DecisionRow]) -> Figure:
         )
     axes.set_yticks(rows, [d.name for d in decisions], fontsize=8)
     axes.set_xticks([])
-    axes.set_title("accuracy lost without a choice (points); framed: kept", fontsize=10)
+    axes.set_title("top-1 points lost without\na choice; framed: kept", fontsize=10)
     beside.axvline(0, color="black", linewidth=0.8)
     beside.tick_params(axis="y", left=False)
     beside.tick_params(axis="x", labelsize=8)
     unsure = sum(bool(d.note) for d in decisions)
-    beside.set_title(f"margin to the runner-up; *: {unsure} in the noise", fontsize=10)
+    noise = f"* in the noise: {unsure} of {len(decisions)}"
+    beside.set_title(f"margin to the runner-up\n{noise}", fontsize=10)
     beside.grid(axis="x", alpha=0.3)
-    figure.colorbar(image, ax=axes, label="drop", shrink=0.8, location="left")
     return figure
