@@ -156,6 +156,8 @@ def report(run: SearchRun, args: argparse.Namespace, trainings: Trainings, found
     board.figure("inherited_against_alone", figure)
     board.close()
     print(found.table())
+    for warning in found.warnings():
+        print(warning)
     print(f"(select splits; written to {trainings.root})")
     print(f"{trial}{found.overall.agreement.verdict()}")
 

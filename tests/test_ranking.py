@@ -147,6 +147,7 @@ def test_datasets_count_alike_and_only_on_common_samples(tmp_path):
     found.write(tmp_path, {"seed": 0})
     written = json.loads((tmp_path / "ranking.json").read_text())
     assert list(written["agreement"]) == ["imagenet", "k400", MEAN]
+    assert "k400: 2 samples are too few" in written["warnings"][1]
     rows = list(csv.DictReader((tmp_path / "ranking.csv").open()))
     assert float(rows[1][f"inherited/{MEAN}"]) == pytest.approx(5 / 12)
     assert Arch.from_json(rows[1]["arch"]) == archs[1]

@@ -29,6 +29,8 @@ from vimnas_ds.train.dry_run import cost_of
 
 #: sub-networks below which a tau says too little
 FEWEST = 12
+#: samples of a dataset below which the order of its accuracies is mostly chance
+FEW_SAMPLES = 30
 #: members that the choice is made from, all of a smaller space
 POOL = 2000
 
@@ -171,6 +173,15 @@ class Ranking:
             rows.append({**row, "arch": arch.to_json()})
         return rows
 
+    def warnings(self) -> list[str]:
+        """One sentence for each dataset with too few samples."""
+        return [
+            f"{panel.name}: {panel.samples} samples are too few to rank sub-networks by; hold out "
+            "more of the training files (vimnas.data.held_out), or leave it out with --datasets"
+            for panel in self.panels
+            if panel.samples < FEW_SAMPLES
+        ]
+
     def table(self) -> str:
         """One row a sub-network, below it one row a dataset."""
         rows = [
@@ -196,6 +207,7 @@ class Ranking:
         found = {
             **details,
             "verdict": self.overall.agreement.verdict(),
+            "warnings": self.warnings(),
             "agreement": {
                 panel.name: {"samples": panel.samples, **_without_nan(asdict(panel.agreement))}
                 for panel in self.panels
