@@ -75,6 +75,27 @@ def test_two_ranks_and_one_give_the_same_result(results, folder):
         assert a == b
 
 
+def test_a_front_against_measured_latency_is_the_same_on_two_ranks(trained, folder):
+    """The second search and both its ranks read the table that the first one measured."""
+    options = ["--pareto", "latency_ms=k400", "--params", "100k:250k", "--pick", "best", *SMALL]
+    one, two = (
+        search("evolve.py", trained, folder / f"f{ranks}", *options, ranks=ranks)
+        for ranks in (1, 2)
+    )
+    assert one == two
+    written = [(folder / f"f{ranks}" / "front.json").read_text() for ranks in (1, 2)]
+    assert written[0] == written[1]
+    front = json.loads(written[0])
+    points = [(p["cost"], p["accuracy"]) for p in front["points"]]
+    assert points == sorted(points)
+    assert all(100_000 <= p["costs"]["params"]["imagenet"] <= 250_000 for p in front["points"])
+    assert one["arch"] == front["points"][-1]["arch"]
+    assert one["costs"]["latency_ms"]["k400"] == points[-1][0]
+    assert (folder / "f1" / "front.png").stat().st_size > 5000
+    table = json.loads((trained / "latency" / "k400_batch1.json").read_text())
+    assert len(table["checks"]) == 4
+
+
 def test_no_search_reads_a_test_file(results, folder):
     read: set[str] = results["read"]  # type: ignore[assignment]
     test = {f for f in read if "/val/" in f}
