@@ -2,12 +2,14 @@
 
     python scripts/evolve.py --params 150k                            (the latest run under runs/)
     python scripts/evolve.py --checkpoint runs/vitl --params 200M:250M --gflops k400=:300
+    python scripts/evolve.py --about 23M --latency_ms k400=:40
+    python scripts/evolve.py --pareto latency_ms=k400                 (the whole front in one run)
     deepspeed --num_gpus 2 scripts/evolve.py --params 150k            (the same result)
 
-Ranges are HIGH or LOW:HIGH, with a dataset before: k400=LOW:HIGH; GFLOPs are 1e9 MACs per input.
-Each candidate costs one pass over the `select` splits. Writes to RUN/evolution: result.json,
-arch.json, evaluations.csv. The test splits are not read. Exit code 2: a constraint that cannot be
-reached (with the reachable range), or a checkpoint, data or argument that cannot be used.
+Each candidate costs one pass over the `select` splits. Writes to RUN/evolution (with --pareto, to
+RUN/front): result.json, arch.json, evaluations.csv, with --pareto front.json and front.png. The
+test splits are not read. Exit code 2: constraints that cannot be reached (with the reachable
+ranges), or a checkpoint, data or argument that cannot be used.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from vimnas_ds.report.search_board import SearchBoard, candidates_figure
 from vimnas_ds.report.table import format_table
+from vimnas_ds.search.budget import add_budget_arguments, read_budget
 from vimnas_ds.search.cli import (
     Progress,
     add_search_arguments,
@@ -27,11 +33,19 @@ from vimnas_ds.search.cli import (
     run_script,
     say_left_out,
 )
-from vimnas_ds.search.constraints import Constraints, parse_range
 from vimnas_ds.search.evolve import Evolution, EvolutionOptions, Generation
+from vimnas_ds.search.front import (
+    draw_front,
+    front_object,
+    front_table,
+    parse_pick,
+    write_front,
+)
+from vimnas_ds.search.resources import UNITS
 from vimnas_ds.search.results import result_object, write_result
 from vimnas_ds.search.run import open_run
 from vimnas_ds.search.scoring import ArchScorer
+from vimnas_ds.space import Arch
 from vimnas_ds.train.ranks import SEARCH_TIMEOUT, start_ranks
 
 HELP = {
@@ -47,15 +61,23 @@ HELP = {
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser(__doc__)
-    add_search_arguments(parser, "evolution")
-    for resource in ("params", "gflops"):
-        parser.add_argument(
-            f"--{resource}",
-            action="append",
-            default=[],
-            metavar="[DATASET=][LOW:]HIGH",
-            help="a constraint (repeatable; all must hold)",
-        )
+    add_search_arguments(parser, "evolution, with --pareto RUN/front")
+    add_budget_arguments(parser)
+    parser.add_argument(
+        "--pareto",
+        nargs="?",
+        const="params",
+        metavar="RESOURCE[=DATASET]",
+        help=f"seek the front of accuracy against a cost, {', '.join(UNITS)} (default params), by "
+        "NSGA-II, within the constraints; parents then are the best `population` so far",
+    )
+    parser.add_argument(
+        "--pick",
+        default="knee",
+        metavar="knee|best|BUDGET",
+        help="the front's point that arch.json gets: the knee (default), the most accurate one, or "
+        "that within a budget",
+    )
     defaults = EvolutionOptions()
     for name, text in HELP.items():
         default = getattr(defaults, name)
@@ -66,57 +88,66 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def search(args: argparse.Namespace) -> int:
-    options = EvolutionOptions(
-        args.population,
-        args.generations,
-        args.top_k,
-        args.crossovers,
-        args.mutations,
-        args.depth_probability,
-        args.block_probability,
-    )
+    options = EvolutionOptions(**{name: getattr(args, name) for name in HELP})
     check_samples(args.samples)
     ranks = start_ranks(SEARCH_TIMEOUT, engine=False)
     run = open_run(args.checkpoint, ranks, args.set, args.samples)
-    ranges = [parse_range("params", text, run.datasets) for text in args.params]
-    ranges += [parse_range("gflops", text, run.datasets) for text in args.gflops]
-    constraints = Constraints(ranges, run.config, run.net.space)
-    folder = args.out or run.files.root / "evolution"
-    where = args.out or run.files.tensorboard / "evolution"
-    board = SearchBoard(where) if ranks.is_main else None
-    scorer = ArchScorer(open_evaluations(run, args, folder))
-    evolution = Evolution(scorer, constraints, options, args.seed)
+    model, constraints, against = read_budget(args, run, args.pareto)
+    name = "evolution" if against is None else "front"
+    pick = parse_pick(args.pick, constraints.reach(against)[0] if against is not None else 0.0)
+    folder = args.out or run.files.root / name
+    board = SearchBoard(args.out or run.files.tensorboard / name) if ranks.is_main else None
+    evaluations = open_evaluations(run, args, folder)
+    datasets, scorer = evaluations.datasets, ArchScorer(evaluations)
+    evolution = Evolution(scorer, constraints, options, args.seed, against)
     most = options.population + (options.generations - 1) * (options.crossovers + options.mutations)
-    progress = Progress(most, "evolution", ranks.world_size, ranks.is_main)
-    history = []
+    progress = Progress(most, name, ranks.world_size, ranks.is_main)
+    history, front = [], dict[str, Any]()
     for generation in evolution.generations(progress):
         history.append(generation)
         if board is not None:
             board.scalars(spread(generation), generation.number)
+            if against is not None:
+                front = front_object(evolution, pick, model, datasets)
+                sizes = {"hypervolume": front["hypervolume"], "front_size": len(front["points"])}
+                board.scalars(sizes, generation.number)
+                board.figure("front", draw_front(evolution, front), generation.number)
     progress.close()
-    best = evolution.ranked()[0]
     if board is not None:
+        best = evolution.ranked()[0]
+        if against is not None:
+            best = Arch.from_json(front["points"][front["picked"]]["arch"])
+            write_front(folder, evolution, front)
         details = {
-            "constraints": [str(r) for r in ranges],
+            "constraints": [str(r) for r in constraints.ranges],
             "evaluated": len(scorer.scores),
             "generations": [{"number": g.number, **spread(g)} for g in history],
+            "costs": model.costs(best, datasets),
         }
-        result = result_object(run, "evolution", best, scorer.scores[best], details)
-        write_result(folder, result)
-        ranked = evolution.ranked()
-        params = [max(p for p, _ in scorer.costs(a).values()) for a in ranked]
-        title = f"{len(ranked)} candidates; {'; '.join(map(str, ranges)) or 'no constraint'}"
-        accuracies = [scorer.scores[a].accuracy for a in ranked]
-        board.figure("score_against_params", candidates_figure(params, accuracies, 0, title))
+        write_result(folder, result_object(run, name, best, scorer.scores[best], details))
+        board.figure("score_against_params", candidates(evolution, best))
         board.close()
         print(describe(history))
         if len(history) < options.generations:
             print(f"stopped after {len(history)} generations: no new sub-network was found")
-        print(f"best of {len(scorer.scores)}: {best}")
+        if against is not None:
+            print(front_table(front))
+        which = "best" if against is None else f"picked ({args.pick})"
+        print(f"{which} of {len(scorer.scores)}: {best}")
         print(f"mean top-1 on select {scorer.scores[best].accuracy:.1%}; written to {folder}")
         say_left_out(run.left_out())
     run.close()
     return 0
+
+
+def candidates(evolution: Evolution, best: Arch) -> Figure:
+    """Everything evaluated, against its parameters."""
+    ranked, scorer = evolution.ranked(), evolution.scorer
+    params = [max(p for p, _ in scorer.costs(a).values()) for a in ranked]
+    ranges = "; ".join(map(str, evolution.constraints.ranges)) or "no constraint"
+    title = f"{len(ranked)} candidates; {ranges}"
+    accuracies = [scorer.scores[a].accuracy for a in ranked]
+    return candidates_figure(params, accuracies, ranked.index(best), title)
 
 
 def spread(generation: Generation) -> dict[str, float]:

@@ -100,6 +100,28 @@ def test_a_search_that_was_killed_goes_on_and_ends_the_same(results, trained, fo
     assert first.read_text() == second.read_text()
 
 
+def test_a_front_against_measured_latency_is_the_same_on_two_ranks(trained, folder):
+    """The second search and both its ranks read the table that the first one measured."""
+    options = ["--pareto", "latency_ms=k400", "--params", "100k:250k", "--pick", "best", *SMALL]
+    options.append("--no_cache")
+    one, two = (
+        search("evolve.py", trained, folder / f"f{ranks}", *options, ranks=ranks)
+        for ranks in (1, 2)
+    )
+    assert one == two
+    written = [(folder / f"f{ranks}" / "front.json").read_text() for ranks in (1, 2)]
+    assert written[0] == written[1]
+    front = json.loads(written[0])
+    points = [(p["cost"], p["accuracy"]) for p in front["points"]]
+    assert points == sorted(points)
+    assert all(100_000 <= p["costs"]["params"]["imagenet"] <= 250_000 for p in front["points"])
+    assert one["arch"] == front["points"][-1]["arch"]
+    assert one["costs"]["latency_ms"]["k400"] == points[-1][0]
+    assert (folder / "f1" / "front.png").stat().st_size > 5000
+    table = json.loads((trained / "latency" / "k400_batch1.json").read_text())
+    assert len(table["checks"]) == 4
+
+
 def test_no_search_reads_a_test_file(results, folder):
     read: set[str] = results["read"]  # type: ignore[assignment]
     test = {f for f in read if "/val/" in f}
@@ -128,7 +150,7 @@ def test_an_unreachable_budget_ends_in_words_with_code_2(trained):
     done = run_alone("evolve.py", "--checkpoint", str(trained), "--params", "1k")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "sub-networks of nano have params 8" in done.stderr
+    assert "sub-networks of nano have params (imagenet) 88,584 to" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,31 @@ def candidates_figure(
     return figure
 
 
+def front_figure(
+    costs: Sequence[float],
+    accuracies: Sequence[float],
+    front: Sequence[int],
+    pick: int,
+    cost_name: str,
+) -> Figure:
+    """Every candidate's accuracy against a cost; the `front`'s indices (cheapest first) joined in
+    steps, for between two of them a budget buys the cheaper one; `pick` (an index) is marked."""
+    figure = Figure(figsize=(6.4, 4.2), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    points = [100 * a for a in accuracies]
+    axes.scatter(costs, points, s=14, color="#bbbbbb", label=f"{len(points)} evaluated")
+    x, y = [costs[i] for i in front], [points[i] for i in front]
+    axes.step(x, y, where="post", color="#4477aa", linewidth=1.2)
+    axes.scatter(x, y, s=26, color="#4477aa", label=f"front of {len(front)}", zorder=3)
+    picked = axes.scatter([costs[pick]], [points[pick]], s=110, label="picked", zorder=4)
+    picked.set(facecolor="none", edgecolor="#bb5566", linewidth=1.6)
+    axes.set_xlabel(cost_name)
+    axes.set_ylabel("mean top-1 on select (%)")
+    axes.legend(fontsize=8, loc="lower right")
+    axes.grid(alpha=0.3)
+    return figure
+
+
 class SearchBoard:
     """Event files of one search, replacing an earlier search's in `folder`. For rank 0 alone."""
 

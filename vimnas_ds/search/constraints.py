@@ -1,7 +1,8 @@
 """Resource constraints as ranges, checked before any evaluation; any combination.
 
-Parameters and FLOPs grow with every choice, so the reachable range of each is exactly what the
-smallest and the largest member cost; a constraint outside it is refused with that range.
+Every signature's costs are known (signatures.py), so whether ranges can hold together, what each
+resource reaches while the others hold, and how many members are inside are found exactly, and
+members inside are drawn uniformly.
 """
 
 from __future__ import annotations
@@ -9,65 +10,83 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from vimnas_ds.config import ConfigError, RunConfig
-from vimnas_ds.space import Arch, SearchSpace
-from vimnas_ds.train.dry_run import cost_of
+import numpy as np
+from numpy.typing import NDArray
 
-#: spaces up to this size are listed, so that what is inside the ranges is known exactly
+from vimnas_ds.config import ConfigError, RunConfig
+from vimnas_ds.search.resources import CostModel, Resource
+from vimnas_ds.search.signatures import signatures_of, weighted
+from vimnas_ds.space import Arch, SearchSpace
+
+#: up to this many members inside the ranges are listed, so that none is drawn twice or missed
 LISTED = 20_000
-#: in larger ones, random draws before the nearest STARTS of them are led into the ranges
-RANDOM_TRIES, STARTS = 200, 8
+#: `about` N parameters: within this share of them
+ABOUT = 0.02
 
 
 @dataclass(frozen=True)
 class Range:
-    """low <= value <= high of one resource: "params", or "gflops" of a dataset's input."""
+    """low <= value <= high of a resource (see resources.py) on a dataset's input."""
 
     resource: str
     dataset: str
     low: float
     high: float
 
-    def value(self, config: RunConfig, arch: Arch) -> float:
-        params, gflops = cost_of(config, arch, self.dataset)
-        return params if self.resource == "params" else gflops
-
-    def excess(self, value: float) -> float:
-        """How far outside the range, relative to its nearer end; 0 inside."""
-        if value < self.low:
-            return (self.low - value) / self.low
-        return (value - self.high) / max(self.high, 1e-12) if value > self.high else 0.0
-
     def __str__(self) -> str:
-        return f"{self.resource} ({self.dataset}) in [{self.low:g}, {self.high:g}]"
+        name, ends = self.resource, (format_cost(self.resource, v) for v in (self.low, self.high))
+        return f"{name} ({self.dataset}) in [{', '.join(ends)}]"
+
+
+def format_cost(resource: str, value: float) -> str:
+    whole = resource == "params" and math.isfinite(value)
+    return f"{value:,.0f}" if whole else f"{value:,.6g}"
 
 
 def parse_range(resource: str, text: str, datasets: Sequence[str]) -> Range:
     """`HIGH`, `LOW:HIGH`, either with a dataset before: `k400=LOW:HIGH`. Suffixes k, M, G.
 
-    Without a dataset, parameters count with the first dataset's head, FLOPs on its input.
+    Without a dataset, parameters count with the first dataset's head, the others on its input.
     Raises ConfigError in words.
     """
-    dataset, equals, rest = text.rpartition("=")
-    if equals and dataset not in datasets:
-        raise ConfigError(f"--{resource} {text}: {dataset!r} is none of {', '.join(datasets)}")
+    option = f"--{resource} {text}"
+    dataset, rest = split_dataset(option, text, datasets)
     low, colon, high = rest.partition(":")
     if not colon:
         low, high = "0", rest
     try:
-        ends = [_number(low or "0"), _number(high or "inf")]
+        ends = [parse_number(low or "0"), parse_number(high or "inf")]
     except ValueError as err:
-        raise ConfigError(f"--{resource} {text}: {err}; write HIGH or LOW:HIGH") from err
+        raise ConfigError(f"{option}: {err}; write HIGH or LOW:HIGH") from err
     if not ends[0] <= ends[1]:
-        raise ConfigError(f"--{resource} {text}: the range is empty")
-    return Range(resource, dataset or datasets[0], ends[0], ends[1])
+        raise ConfigError(f"{option}: the range is empty")
+    return Range(resource, dataset, ends[0], ends[1])
 
 
-def _number(text: str) -> float:
+def parse_about(text: str, datasets: Sequence[str]) -> Range:
+    """`[DATASET=]N`: parameters within 2 % of N."""
+    dataset, rest = split_dataset(f"--about {text}", text, datasets)
+    try:
+        wanted = parse_number(rest)
+    except ValueError as err:
+        raise ConfigError(f"--about {text}: {err}") from err
+    return Range("params", dataset, (1 - ABOUT) * wanted, (1 + ABOUT) * wanted)
+
+
+def split_dataset(option: str, text: str, datasets: Sequence[str]) -> tuple[str, str]:
+    """`DATASET=REST` or `REST`, which means the first of `datasets`."""
+    dataset, equals, rest = text.rpartition("=")
+    if equals and dataset not in datasets:
+        raise ConfigError(f"{option}: {dataset!r} is none of {', '.join(datasets)}")
+    return dataset or datasets[0], rest
+
+
+def parse_number(text: str) -> float:
+    """With a suffix k, M or G if need be. Raises ValueError."""
     if text == "inf":
         return math.inf
     match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)([kKMG]?)", text)
@@ -77,80 +96,88 @@ def _number(text: str) -> float:
 
 
 class Constraints:
-    """A conjunction of ranges over a space."""
+    """A conjunction of ranges over a space. Raises ConfigError, with what each resource reaches
+    while the other ranges hold, when no member is inside all of them."""
 
-    def __init__(self, ranges: Sequence[Range], config: RunConfig, space: SearchSpace):
-        self.ranges, self.config, self.space = tuple(ranges), config, space
-        for r in ranges:
-            least, most = (r.value(config, a) for a in (space.smallest(), space.largest()))
-            if r.high < least or r.low > most:
-                raise ConfigError(
-                    f"{r} cannot be reached: sub-networks of {space.name} have {r.resource} "
-                    f"{least:,.6g} to {most:,.6g} ({r.dataset})"
-                )
+    def __init__(
+        self,
+        ranges: Sequence[Range],
+        config: RunConfig,
+        space: SearchSpace,
+        costs: CostModel | None = None,
+    ):
+        self.ranges, self.space = tuple(ranges), space
+        model = costs or CostModel(config, space)
+        self._resources = [model.resource(r.resource, r.dataset) for r in ranges]
+        self._signatures = signatures_of(space)
+        values = [self._signatures.values(resource) for resource in self._resources]
+        holds = [(r.low <= v) & (v <= r.high) for r, v in zip(ranges, values, strict=True)]
+        every = np.ones(len(self._signatures.ways), bool)
+        self._inside = np.flatnonzero(np.logical_and.reduce([every, *holds]))
+        if not len(self._inside):
+            raise ConfigError(self._unreachable(values, holds))
+        self._ways = self._signatures.ways[self._inside]
 
-    def excess(self, arch: Arch) -> float:
-        """Sum of the relative violations; 0 when all ranges hold."""
-        return sum(r.excess(r.value(self.config, arch)) for r in self.ranges)
+    def _unreachable(
+        self, values: list[NDArray[np.float64]], holds: list[NDArray[np.bool_]]
+    ) -> str:
+        every = np.ones(len(self._signatures.ways), bool)
+        found = []
+        for i, r in enumerate(self.ranges):
+            others = np.logical_and.reduce([every, *holds[:i], *holds[i + 1 :]])
+            left = values[i][others] if others.any() else values[i]
+            words = " to ".join(format_cost(r.resource, v) for v in (left.min(), left.max()))
+            if len(self.ranges) > 1:
+                words += " while the others hold" if others.any() else " (no other range regarded)"
+            below, above = left[left < r.low], left[left > r.high]
+            if others.any() and len(below) and len(above):
+                ends = (format_cost(r.resource, v) for v in (below.max(), above.min()))
+                words += f", with nothing between {' and '.join(ends)}"
+            found.append(f"{r.resource} ({r.dataset}) {words}")
+        return (
+            f"{' and '.join(map(str, self.ranges))} cannot be reached: sub-networks of "
+            f"{self.space.name} have {'; '.join(found)}"
+        )
 
     def allow(self, arch: Arch) -> bool:
-        return self.excess(arch) == 0.0
+        return all(
+            r.low <= resource.value(arch) <= r.high
+            for r, resource in zip(self.ranges, self._resources, strict=True)
+        )
 
-    def costs(self, arch: Arch) -> Mapping[str, float]:
-        return {f"{r.resource}/{r.dataset}": r.value(self.config, arch) for r in self.ranges}
+    @property
+    def size(self) -> float:
+        """Number of members inside, to a float's precision."""
+        return float(self._ways.sum())
+
+    def reach(self, resource: Resource) -> tuple[float, float]:
+        """What the resource costs at least and at most inside the ranges."""
+        values = self._signatures.values(resource)[self._inside]
+        return float(values.min()), float(values.max())
 
     @cached_property
     def members(self) -> list[Arch] | None:
-        """Every member inside all ranges, where the space is small enough to list; else None."""
-        if self.space.size() > LISTED:
+        """Every member inside, where there are few enough to list; else None."""
+        if self.size > LISTED:
             return None
-        return [arch for arch in self.space.members() if self.allow(arch)]
+        return [arch for i in self._inside for arch in self._signatures.members(int(i))]
 
     def sample(self, rng: random.Random) -> Arch:
-        """A random member inside all ranges: uniform where members can be listed; else one of many
-        random draws, and failing those one led into the ranges step by step.
+        """A member inside, each as likely."""
+        return self._signatures.draw(int(self._inside[weighted(self._ways, rng)]), rng)
 
-        Raises ConfigError, naming the nearest costs met, when none is found.
-        """
-        if self.members is not None:
-            if not self.members:
-                nearest = min(self.space.members(), key=self.excess)
-                raise self._none("there is no sub-network with", nearest)
-            return rng.choice(self.members)
-        draws = [self.space.sample(rng) for _ in range(RANDOM_TRIES)]
-        for arch in draws:
-            if self.allow(arch):
-                return arch
-        led = [self._lead(a, rng) for a in sorted(draws, key=self.excess)[:STARTS]]
-        best = min(led, key=self.excess)
-        if not self.allow(best):
-            raise self._none(
-                f"none was found in {RANDOM_TRIES} draws and {STARTS} descents with", best
-            )
-        return best
-
-    def _none(self, what: str, nearest: Arch) -> ConfigError:
-        costs = ", ".join(f"{k} {v:,.6g}" for k, v in self.costs(nearest).items())
-        ends = "; ".join(
-            f"{r.resource} {r.value(self.config, self.space.smallest()):,.6g} to "
-            f"{r.value(self.config, self.space.largest()):,.6g} ({r.dataset})"
-            for r in self.ranges
-        )
-        return ConfigError(
-            f"{what} {' and '.join(map(str, self.ranges))}; the nearest has {costs}; each alone "
-            f"reaches {ends}"
-        )
-
-    def _lead(self, arch: Arch, rng: random.Random) -> Arch:
-        """Walk towards the ranges: the best change of one decision, or where none helps of two."""
-        while not self.allow(arch):
-            near = list(self.space.neighbours(arch))
-            rng.shuffle(near)  # among equals, not always the first
-            best = min(near, key=self.excess)
-            if self.excess(best) >= self.excess(arch):
-                second = [n for a in near[:16] for n in self.space.neighbours(a)]
-                best = min(second, key=self.excess)
-                if self.excess(best) >= self.excess(arch):
-                    return arch
-            arch = best
-        return arch
+    def sample_along(self, resource: Resource, count: int, rng: random.Random) -> list[Arch]:
+        """Up to `count` different members inside that cover what `resource` can cost: one of the
+        cheapest, one of the dearest, and one of each of equal slices between."""
+        values = self._signatures.values(resource)[self._inside]
+        num_slices = max(1, count - 2)
+        ends = np.linspace(values.min(), values.max(), num_slices + 1)
+        slices = np.digitize(values, ends[1:-1])
+        groups = [values == values.min(), values == values.max()]
+        groups += [slices == i for i in range(num_slices)]
+        found: dict[Arch, None] = {}
+        for group in map(np.flatnonzero, groups):
+            if len(group):
+                place = int(group[weighted(self._ways[group], rng)])
+                found[self._signatures.draw(int(self._inside[place]), rng)] = None
+        return list(found)[:count]

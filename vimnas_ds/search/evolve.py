@@ -3,7 +3,8 @@
 A generation is the children of the best K found so far: crossover picks each layer's block, and
 the embed_dim, from either parent, also across different depths; mutation changes depth and (ours)
 embed_dim with P_d and each block with P_m. Every child is checked against the constraints before
-it is evaluated, and no candidate is evaluated twice. All loops are bounded.
+it is evaluated, and no candidate is evaluated twice. All loops are bounded. Against a cost, parents
+are NSGA-II's (pareto.py) instead of the best K, and the first generation covers the cost's range.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 
 from vimnas_ds.config import ConfigError
 from vimnas_ds.search.constraints import Constraints
+from vimnas_ds.search.pareto import Point, front, survivors
+from vimnas_ds.search.resources import Resource
 from vimnas_ds.search.scoring import ArchScorer
 from vimnas_ds.space import Arch, SearchSpace
 
@@ -87,13 +90,19 @@ def mutate(arch: Arch, space: SearchSpace, options: EvolutionOptions, rng: rando
 
 
 class Evolution:
-    """Algorithm 2 on a scorer; the same on any number of ranks for one seed."""
+    """Algorithm 2 on a scorer; the same on any number of ranks for one seed. `against`: a cost
+    whose whole front with accuracy is sought, not the most accurate sub-network alone."""
 
     def __init__(
-        self, scorer: ArchScorer, constraints: Constraints, options: EvolutionOptions, seed: int
+        self,
+        scorer: ArchScorer,
+        constraints: Constraints,
+        options: EvolutionOptions,
+        seed: int,
+        against: Resource | None = None,
     ):
         self.scorer, self.constraints, self.options = scorer, constraints, options
-        self.space = constraints.space
+        self.space, self.against = constraints.space, against
         self.rng = random.Random(f"{seed}/evolution")
 
     def generations(self, progress: Callable[[], None]) -> Iterator[Generation]:
@@ -113,7 +122,7 @@ class Evolution:
                 ranked[0],
                 scores[ranked[0]].accuracy,
             )
-            members = self._children(ranked[: self.options.top_k])
+            members = self._children(self._choose(ranked))
             if not members:
                 return
 
@@ -127,10 +136,32 @@ class Evolution:
 
         return sorted(found, key=key)
 
-    def _first(self) -> list[Arch]:
-        return sample_distinct(self.constraints, self.options.population, (), self.rng)
+    def front(self) -> list[Arch]:
+        """The candidates that no other beats in accuracy and cost, cheapest first."""
+        ranked = self.ranked()
+        return [ranked[i] for i in front(self._points(ranked))]
 
-    def _children(self, parents: list[Arch]) -> list[Arch]:
+    def _points(self, archs: list[Arch]) -> list[Point]:
+        assert self.against is not None
+        return [Point(self.against.value(a), self.scorer.scores[a].accuracy) for a in archs]
+
+    def _first(self) -> list[Arch]:
+        count, found = self.options.population, list[Arch]()
+        if self.against is not None:
+            found = self.constraints.sample_along(self.against, count, self.rng)
+        return found + sample_distinct(self.constraints, count - len(found), found, self.rng)
+
+    def _choose(self, ranked: list[Arch]) -> Callable[[], Arch]:
+        """How a parent is drawn."""
+        if self.against is None:
+            best = ranked[: self.options.top_k]
+            return lambda: self.rng.choice(best)
+        kept = survivors(self._points(ranked), self.options.population)
+        pool = [ranked[i] for i in kept]
+        # a tournament of two in an ordered pool
+        return lambda: pool[min(self.rng.randrange(len(pool)) for _ in range(2))]
+
+    def _children(self, parent: Callable[[], Arch]) -> list[Arch]:
         children: dict[Arch, None] = {}
 
         def breed(count: int, make: Callable[[], Arch]) -> None:
@@ -143,33 +174,22 @@ class Evolution:
                 if not known and self.constraints.allow(child):
                     children[child] = None
 
-        rng = self.rng
-        breed(
-            self.options.crossovers,
-            lambda: crossover(rng.choice(parents), rng.choice(parents), self.space, rng),
-        )
-        breed(
-            self.options.mutations,
-            lambda: mutate(rng.choice(parents), self.space, self.options, rng),
-        )
+        rng, options = self.rng, self.options
+        breed(options.crossovers, lambda: crossover(parent(), parent(), self.space, rng))
+        breed(options.mutations, lambda: mutate(parent(), self.space, options, rng))
         return list(children)
 
 
 def sample_distinct(
     constraints: Constraints, count: int, exclude: Collection[Arch], rng: random.Random
 ) -> list[Arch]:
-    """Up to `count` different random members inside the constraints; fewer if there are fewer, or
-    if many draws in a row bring nothing new."""
+    """Up to `count` different random members inside the constraints and not in `exclude`; fewer if
+    there are fewer."""
     if constraints.members is not None:
         left = [a for a in constraints.members if a not in exclude]
-        if not left and not exclude:
-            constraints.sample(rng)  # says why there is none
         return rng.sample(left, min(count, len(left)))
     found: dict[Arch, None] = {}
-    stale = 0
-    while len(found) < count and stale < 200:
-        arch = constraints.sample(rng)
-        stale = stale + 1 if arch in found or arch in exclude else 0
-        if arch not in exclude:
-            found.setdefault(arch)
+    for _ in range(100 * count):  # more members than can be listed: hardly one comes twice
+        if len(found) < count and (arch := constraints.sample(rng)) not in exclude:
+            found[arch] = None
     return list(found)
