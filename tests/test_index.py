@@ -438,6 +438,22 @@ def test_unusable_files_never_reach_a_split_and_are_counted(tmp_path: Path) -> N
         open_datasets(joint(dataset, tmp_path))
 
 
+def test_official_test_files_that_cannot_be_scored_are_known_with_their_reasons(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "data"
+    pictures(root, test=3)
+    (root / "val/b/1.png").write_text("text")
+    rows = [f"train/{'ab'[i % 2]}/{i}.png,{'ab'[i % 2]},train" for i in range(5)]
+    rows += ["val/a/0.png,a,val", "val/b/1.png,b,val", "val/a/2.png,a,val", "val/a/9.png,a,val"]
+    (root / "list.csv").write_text("path,class,split\n" + "".join(f"{row}\n" for row in rows))
+    data = open_datasets(joint(section(root, layout="csv", annotations="list.csv"), tmp_path))
+    assert data.untested == {
+        "toy": {"val/b/1.png": "not an image", "val/a/9.png": "not on the disk"}
+    }
+    assert len(data.splits["toy"]["test"]) == 2
+
+
 def unfit(dataset: DatasetSection, folder: Path) -> str:
     """The words in which training refuses the index."""
     with pytest.raises(UnfitIndex) as caught:

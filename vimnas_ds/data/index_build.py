@@ -33,7 +33,7 @@ from vimnas_ds.data.index_file import (
     stored,
     write_rows,
 )
-from vimnas_ds.data.listing import Sample
+from vimnas_ds.data.listing import ABSENT, Sample
 from vimnas_ds.data.probe import MISSING, UNREADABLE, Verdict
 from vimnas_ds.data.probe_pool import ProbeLimits, probe_files
 
@@ -124,7 +124,7 @@ def build_index(
                 sample.path,
                 split,
                 sample.label,
-                verdicts[sample.path] if there else Verdict(MISSING, "not on the disk"),
+                verdicts[sample.path] if there else Verdict(MISSING, ABSENT),
             )
             for split, sample, there in chosen
         ]

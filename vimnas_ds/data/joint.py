@@ -17,6 +17,7 @@ from vimnas_ds.data.batches import Batch
 from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, scan_dataset
 from vimnas_ds.data.index import open_index
+from vimnas_ds.data.listing import ABSENT
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog
 from vimnas_ds.processes import cores_per_process
@@ -25,13 +26,15 @@ from vimnas_ds.processes import cores_per_process
 @dataclass(frozen=True)
 class JointData:
     """What a run reads: catalogs (of usable files), the four splits of each dataset, videos dropped
-    as overlap, and by dataset and path what is wrong with the unusable files."""
+    as overlap, and by dataset and path what is wrong with the unusable files; `untested` are those
+    of the official test list, and its files that are not on the disk."""
 
     section: DataSection
     catalogs: dict[str, Catalog]
     splits: dict[str, Splits]
     dropped: dict[str, int]
     unusable: dict[str, dict[str, str]] = field(default_factory=dict)
+    untested: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -92,7 +95,14 @@ def open_datasets(section: DataSection, build: bool = True) -> JointData:
     )
     catalogs = {name: one.catalog for name, one in indexed.items()}
     unusable = {name: dict(one.unusable) for name, one in indexed.items()}
-    return JointData(section, catalogs, splits, dropped, unusable)
+    untested = {name: _untested(listed[name], unusable[name]) for name in listed}
+    return JointData(section, catalogs, splits, dropped, unusable, untested)
+
+
+def _untested(listed: Catalog, unusable: Mapping[str, str]) -> dict[str, str]:
+    """Why files of the official test list cannot be scored."""
+    found = {s.path: unusable[s.path] for s in listed.test if s.path in unusable}
+    return found | dict.fromkeys((s.path for s in listed.absent_test), ABSENT)
 
 
 class Loaders:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch.distributed as dist
@@ -74,11 +75,17 @@ def check_samples(count: int | None) -> None:
         raise ConfigError(f"--samples must be at least 1, got {count}")
 
 
+#: Files that are named of each dataset: the results name all of them.
+NAMED = 20
+
+
 def say_left_out(left_out: Mapping[str, Mapping[str, str]]) -> None:
-    """Name unusable files on stderr."""
+    """Name the files that were left out on stderr, the first of each dataset."""
     for name, reasons in left_out.items():
-        for path, reason in reasons.items():
+        for path, reason in islice(reasons.items(), NAMED):
             print(f"left out: {name}: {path}: {reason}", file=sys.stderr)  # noqa: T201
+        if len(reasons) > NAMED:
+            print(f"left out: {name}: and {len(reasons) - NAMED:,} more", file=sys.stderr)  # noqa: T201
 
 
 class Progress:
