@@ -454,6 +454,34 @@ def test_official_test_files_that_cannot_be_scored_are_known_with_their_reasons(
     assert len(data.splits["toy"]["test"]) == 2
 
 
+def test_more_unusable_files_than_allowed_stop_the_run_before_any_work(tmp_path: Path) -> None:
+    dataset = pictures(tmp_path / "data", train=45, test=1)
+    for name, content in (("bad", "text"), ("worse", "text"), ("empty", "")):
+        (tmp_path / f"data/train/a/{name}.jpg").write_text(content)
+    data = joint(dataset, tmp_path).model_copy(update={"max_bad_share": 0.05})
+    assert len(open_datasets(data).unusable["toy"]) == 3  # of 49 files: too few
+    Image.new("RGB", (8, 6)).save(tmp_path / "data/val/a/1.png")
+    build(dataset, tmp_path)
+    with pytest.raises(DataMissing) as caught:
+        open_datasets(data)
+    words = str(caught.value)
+    assert "toy: 3 of 50 files are unusable" in words
+    assert words.index("2 files: not an image") < words.index("1 files: empty file")
+    assert "train/a/bad.jpg: not an image" in words
+    assert f"--update {tmp_path}/indexes/toy.parquet" in words
+    assert "raise vimnas.data.max_bad_share" in words
+    open_datasets(data.model_copy(update={"max_bad_share": 0.06}))
+
+
+def test_annotated_files_that_are_not_there_are_no_bad_files(tmp_path: Path) -> None:
+    pictures(tmp_path / "data", train=46, test=4)
+    rows = [f"train/{'ab'[i % 2]}/{i}.png,a,train" for i in range(100)]
+    rows += [f"val/{'ab'[i % 2]}/{i}.png,a,val" for i in range(100)]
+    (tmp_path / "data/list.csv").write_text("path,class,split\n" + "\n".join(rows))
+    dataset = section(tmp_path / "data", layout="csv", annotations="list.csv")
+    assert open_datasets(joint(dataset, tmp_path)).catalogs["toy"].missing == 150
+
+
 def unfit(dataset: DatasetSection, folder: Path) -> str:
     """The words in which training refuses the index."""
     with pytest.raises(UnfitIndex) as caught:
@@ -562,6 +590,23 @@ def test_the_report_counts_against_the_public_copy(
     assert report["splits"]["train"]["unusable"]["empty file"]["files"] == 1
     assert report["splits"]["train"]["first_missing"] == [f"{stem.format(4)}.mp4"]
     assert report["codecs"] == {"h264": 4}
+
+
+def test_the_script_warns_of_what_training_will_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / "data", train=50)
+    config = ["--deepspeed_config", str(ROOT / "ds_configs/vitl.json"), "--dataset", "imagenet"]
+    options = ["--root", str(tmp_path / "data"), "--index_dir", str(tmp_path)]
+    options += ["--layout", "folders"]
+    for i in range(3):
+        (tmp_path / f"data/train/a/bad{i}.jpg").touch()
+    for arguments in ([*config, *options], ["--update", str(tmp_path / "imagenet.parquet")]):
+        assert index_data.main(arguments) == 0
+        assert "imagenet: 3 of 55 files are unusable" in capsys.readouterr().err
+    (tmp_path / "data/train/a/bad0.jpg").unlink()
+    assert index_data.main([*config, *options]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

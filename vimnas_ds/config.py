@@ -238,7 +238,9 @@ class DataSection(Section):
         description="Batches decoded ahead at least; in training 8, fewer where memory is short",
     )
     max_bad_share: Fraction = Field(
-        0.05, description="Substituted samples above this share of a dataset stop the run"
+        0.05,
+        description="A dataset of whose files the index calls more than this share unusable is "
+        "refused; substituted samples above this share stop the run (of 50 at least)",
     )
     cache_mb: int = Field(
         512,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vimnas_ds.config import LAYOUT_FILES, DataSection, DatasetSection
-from vimnas_ds.data.bad import DataMissing, UnfitIndex
+from vimnas_ds.data.bad import DataMissing, TooManyUnusable, UnfitIndex, are_too_many
 from vimnas_ds.data.catalog import Catalog
 from vimnas_ds.data.encoded import GPU_CODECS, GPU_PIXELS
 from vimnas_ds.data.index_build import build_index, file_stats, locked
@@ -58,7 +58,8 @@ def open_index(name: str, catalog: Catalog, section: DataSection, build: bool = 
 
     Raises:
         UnfitIndex: the index is of other files; the message names the command that mends it.
-        DataMissing: the index cannot be written, or a split has no usable file.
+        DataMissing: the index cannot be written, a split has no usable file, or more files are
+            unusable than `section.max_bad_share` allows.
     """
     dataset, file = section.datasets[name], index_path(section, name)
     if not file.exists():
@@ -77,7 +78,11 @@ def open_index(name: str, catalog: Catalog, section: DataSection, build: bool = 
     if header.listing != listing_digest(catalog):
         raise _unfit(name, file, [], _listing_changes(catalog, rows))
     _check_files(name, file, catalog, rows)
-    return _without_unusable(catalog, rows, dataset)
+    indexed = _without_unusable(catalog, rows, dataset)
+    seen = len(catalog.train) + len(catalog.test)
+    if are_too_many(len(indexed.unusable), seen, section.max_bad_share):
+        raise TooManyUnusable(name, indexed.unusable, seen, section.max_bad_share, file)
+    return indexed
 
 
 def _check_header(name: str, section: DatasetSection, file: Path, header: Header) -> None:

@@ -34,7 +34,7 @@ from vimnas_ds.data.index_file import (
     write_rows,
 )
 from vimnas_ds.data.listing import ABSENT, Sample
-from vimnas_ds.data.probe import MISSING, UNREADABLE, Verdict
+from vimnas_ds.data.probe import MISSING, UNREADABLE, USABLE, Verdict
 from vimnas_ds.data.probe_pool import ProbeLimits, probe_files
 
 #: Headers of so few images are read in this process: starting others would take longer.
@@ -53,6 +53,11 @@ class Built:
     probed: int
     kept: int
     seconds: float
+
+    def unusable(self) -> dict[str, str]:
+        """What is wrong with each file that is there and cannot be used, by path."""
+        fine = (USABLE, MISSING)
+        return {r.path: r.verdict.reason for r in self.rows if r.verdict.state not in fine}
 
 
 def build_index(
