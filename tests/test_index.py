@@ -122,10 +122,10 @@ def test_frame_numbers_from_the_index_are_those_that_pyav_shows(
 
 def test_the_gpu_path_feeds_the_same_clip_with_an_index_and_without(tmp_path: Path) -> None:
     dataset = clips(tmp_path / "data")
-    data = open_datasets(joint(dataset, tmp_path))
-    samples = data.splits["toy"]["train"]
+    samples = open_datasets(joint(dataset, tmp_path), gpu=True).splits["toy"]["train"]
     assert all(s.video is not None for s in samples)
-    bare = [s._replace(video=None) for s in samples]
+    bare = open_datasets(joint(dataset, tmp_path)).splits["toy"]["train"]
+    assert bare == [s._replace(video=None) for s in samples]
     for place in (0.0, 0.4, 1.0):
         with_index, without = (
             FilePreparer("toy", dataset, some, gpu=True).evaluate(0, View(place))
@@ -319,7 +319,7 @@ def test_files_with_odd_names_are_indexed_and_trained_on(tmp_path: Path) -> None
     for name in ("-dash", 'a b\'s "c", d', "ü日本", os.fsdecode(b"raw\xff")):
         encode(root / "train" / "a" / f"{name}.mp4", numbered(4))
     encode(root / "val" / "a" / "x.mp4", numbered(4))
-    data = open_datasets(joint(section(root, "video"), tmp_path))
+    data = open_datasets(joint(section(root, "video"), tmp_path), gpu=True)
     assert sum(len(data.splits["toy"][p]) for p in ("train", "alpha", "select")) == 4
     assert all(s.video is not None for part in data.splits["toy"].values() for s in part)
 
@@ -479,6 +479,7 @@ def test_annotated_files_that_are_not_there_are_no_bad_files(tmp_path: Path) -> 
     rows += [f"val/{'ab'[i % 2]}/{i}.png,a,val" for i in range(100)]
     (tmp_path / "data/list.csv").write_text("path,class,split\n" + "\n".join(rows))
     dataset = section(tmp_path / "data", layout="csv", annotations="list.csv")
+    assert build(dataset, tmp_path).unusable() == {}
     assert open_datasets(joint(dataset, tmp_path)).catalogs["toy"].missing == 150
 
 
@@ -540,6 +541,23 @@ def test_an_index_that_no_longer_fits_is_refused_and_its_command_mends_it(
     mend(words, capsys)
     data = open_datasets(joint(by_list, tmp_path))
     assert len(data.splits["toy"]["test"]) == 1
+
+
+def test_who_trusts_anothers_check_asks_no_file(tmp_path: Path) -> None:
+    dataset = clips(tmp_path / "data", train=6)
+    checked = open_datasets(joint(dataset, tmp_path), gpu=True)
+    os.utime(tmp_path / "data/train/a/0.mp4", ns=(0, 0))
+    trusting = open_datasets(joint(dataset, tmp_path), check=False, gpu=True)
+    assert trusting == checked
+    assert "1 file changed" in unfit(dataset, tmp_path)
+
+
+def test_an_index_with_rows_missing_is_refused_in_words(tmp_path: Path) -> None:
+    dataset = pictures(tmp_path / "data")
+    build(dataset, tmp_path)
+    file = tmp_path / "indexes/toy.parquet"
+    write_rows(file, index_file.read_header(file), list(read_rows(file))[1:])
+    assert "has 5 rows instead of 6; delete it" in unfit(dataset, tmp_path)
 
 
 def test_other_formats_and_damaged_files_are_refused_in_words(

@@ -9,6 +9,7 @@ never been killed.
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import sys
 import time
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from vimnas_ds.config import DatasetSection
@@ -41,6 +44,8 @@ from vimnas_ds.data.probe_pool import ProbeLimits, probe_files
 FEW_IMAGES = 4000
 #: Seconds, and files, between two parts.
 PART_SECONDS, PART_FILES = 30.0, 20_000
+#: Files whose size and time one thread asks for in a row.
+STATS = 1000
 
 
 @dataclass(frozen=True)
@@ -219,28 +224,30 @@ def _known(files: Sequence[Path], header: Header) -> dict[str, Verdict]:
 def _unchanged(root: Path, paths: Sequence[str], known: dict[str, Verdict]) -> dict[str, Verdict]:
     """The verdicts of files whose size and time are as they were."""
     candidates = [(path, known[key]) for path in paths if (key := stored(path)) in known]
-    current = file_stats(root, [path for path, _ in candidates])
+    current = file_stats(root, [path for path, _ in candidates]).tolist()
     return {
         path: verdict
         for (path, verdict), now in zip(candidates, current, strict=True)
-        if now == (verdict.size, verdict.mtime)
+        if now == [verdict.size, verdict.mtime]
     }
 
 
-def file_stats(root: Path, paths: Sequence[str]) -> list[tuple[int, int] | None]:
-    """(size in bytes, time of the last change in ns) of each file; None if it cannot be asked."""
+def file_stats(root: Path, paths: Sequence[str]) -> NDArray[np.int64]:
+    """(size in bytes, time of the last change in ns) of each file: shape (files, 2); -1 where it
+    cannot be asked."""
+    found = np.full((len(paths), 2), -1, np.int64)
 
-    def ask(path: str) -> tuple[int, int] | None:
-        try:
-            status = (root / path).stat()
-        except OSError:
-            return None
-        return status.st_size, status.st_mtime_ns
+    def ask(begin: int) -> None:
+        for i in range(begin, min(begin + STATS, len(paths))):
+            try:
+                status = os.stat(f"{root}/{paths[i]}")  # noqa: PTH116 (a Path a file is slow)
+            except OSError:
+                continue
+            found[i] = status.st_size, status.st_mtime_ns
 
-    if len(paths) < 2000:
-        return [ask(path) for path in paths]
     with ThreadPoolExecutor(16) as pool:  # network file systems answer many at once
-        return list(pool.map(ask, paths, chunksize=256))
+        list(pool.map(ask, range(0, len(paths), STATS)))
+    return found
 
 
 def _thin_out(

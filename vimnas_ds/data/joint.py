@@ -70,12 +70,15 @@ class JointData:
         return lines
 
 
-def open_datasets(section: DataSection, build: bool = True) -> JointData:
+def open_datasets(
+    section: DataSection, build: bool = True, check: bool = True, gpu: bool = False
+) -> JointData:
     """Find and split every dataset, by its index (see `index`).
 
     Args:
         build: make the indexes that are not there; without it (a dry run) such datasets are taken
             as they are listed.
+        check, gpu: see `open_index`.
 
     Raises DataMissing with one line for each dataset that is not there, ValueError for
     annotations, classes or indexes that do not fit.
@@ -88,7 +91,7 @@ def open_datasets(section: DataSection, build: bool = True) -> JointData:
             missing.append(str(error))
     if missing:
         raise DataMissing("\n".join(missing))
-    indexed = {name: open_index(name, c, section, build) for name, c in listed.items()}
+    indexed = {name: open_index(name, c, section, build, check, gpu) for name, c in listed.items()}
     splits, dropped = drop_overlap(
         {name: split_catalog(one.catalog, section.held_out) for name, one in indexed.items()},
         listed,
