@@ -105,6 +105,28 @@ def open_index(
     return indexed
 
 
+def check_indexed(section: DataSection, config: Path) -> None:
+    """Raises DataMissing, naming the commands to run first, if a dataset has no index.
+
+    `config` is the file that the section comes from.
+    """
+    commands = []
+    for name, dataset in section.datasets.items():
+        if dataset.root is not None and not index_path(section, name).exists():
+            command = ["python", "scripts/index_data.py", "--deepspeed_config", str(config)]
+            command += ["--dataset", name, "--root", str(dataset.root)]
+            command += ["--index_dir", str(section.index_dir)]
+            for key, value in dataset.model_dump(mode="json", include=set(LISTING_KEYS)).items():
+                command += ["--set", f"{key}={'null' if value is None else value}"]
+            commands.append(f"  {shlex.join(command)}")
+    if commands:
+        raise DataMissing(
+            f"no index in {section.index_dir} for a run on several machines; first run there (once "
+            "if all machines share vimnas.data.index_dir, else on each of them):\n"
+            + "\n".join(commands)
+        )
+
+
 def _check_header(name: str, section: DatasetSection, file: Path, header: Header) -> None:
     assert section.root is not None
     root = str(section.root.resolve())

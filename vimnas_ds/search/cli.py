@@ -16,7 +16,7 @@ from vimnas_ds.config import ConfigError
 from vimnas_ds.data.bad import BadAnnotations, BadFile, DataMissing, TooManyBadFiles
 from vimnas_ds.export import ExportError
 from vimnas_ds.search.run import TrainedNetwork
-from vimnas_ds.train.ranks import RanksDisagree
+from vimnas_ds.train.ranks import CannotStart, RanksDisagree
 
 
 def build_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -112,6 +112,7 @@ _MENDABLE = (
     BadFile,
     TooManyBadFiles,
     ExportError,
+    CannotStart,
     RanksDisagree,
     OSError,
 )
