@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             built = build_index(name, section, file, limits, args.limit, args.recheck)
         report = summarise(built, section)
         file.with_suffix(".report.json").write_text(json.dumps(report, indent=2) + "\n")
-    except (ConfigError, DataMissing, BadAnnotations) as error:
+    except (ConfigError, DataMissing, BadAnnotations, OSError) as error:
         print(f"cannot index: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

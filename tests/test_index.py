@@ -9,8 +9,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 
 import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -25,7 +29,7 @@ from scripts import index_data
 from tests.conftest import ROOT, SHARED_DATA
 from tests.media import encode, numbered, numbers, section
 from vimnas_ds.config import DataSection, DatasetSection
-from vimnas_ds.data import index_file
+from vimnas_ds.data import index_file, probe_pool
 from vimnas_ds.data.bad import BadAnnotations, BadFile, DataMissing, UnfitIndex
 from vimnas_ds.data.catalog import Sample, scan_dataset
 from vimnas_ds.data.decode import read_clip
@@ -314,6 +318,26 @@ def test_rows_come_back_as_they_were_also_with_odd_names(tmp_path: Path) -> None
     assert [r[1:] for r in found] == [r[1:] for r in rows]
 
 
+def test_timestamps_of_one_index_may_exceed_32_bits_and_older_files_are_read(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "i.parquet"
+    lines = [Timeline.pack([0, 9, i + 20], i + 40, Fraction(1, 1000)) for i in range(3)]
+    row = Verdict(USABLE, "", 9, 8, "mp4", "h264", "yuv420p", 4, 6)
+    rows = [
+        Row(f"{i}.mp4", "train", 0, replace(row, timeline=line, duration=line.duration))
+        for i, line in enumerate(lines)
+    ]
+    write_rows(file, Header("toy", "/data", {}, "digest"), rows)
+    table = pq.read_table(file)
+    assert table["deltas"].chunk(0).offsets.type == pa.int64()
+    place = table.schema.get_field_index("deltas")
+    narrow = table["deltas"].cast(pa.list_(pa.int32()))
+    pq.write_table(table.set_column(place, "deltas", narrow), file)
+    assert pq.read_table(file)["deltas"].chunk(0).offsets.type == pa.int32()
+    assert list(read_rows(file)) == rows
+
+
 def test_files_with_odd_names_are_indexed_and_trained_on(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for name in ("-dash", 'a b\'s "c", d', "ü日本", os.fsdecode(b"raw\xff")):
@@ -328,12 +352,15 @@ def test_names_like_options_or_addresses_are_read_from_a_relative_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    samples = [Sample("pipe:0.mp4", 0), Sample("-y.mp4", 0)]
+    names = ("pipe:0.mp4", "-y.mp4", "http:x.mp4", "file:x.mp4", "a%20b?c#d.mp4")
+    samples = [Sample(name, 0) for name in names]
     for sample in samples:
         encode(tmp_path / sample.path, numbered(4))
     files = FilePreparer("toy", section(Path(), "video"), samples, gpu=False)
     for index in range(len(samples)):
         assert numbers(files.evaluate(index, View())["frames"])[0] == 0
+        assert read_encoded(Path(samples[index].path), 4, 8.0, 0.0) is not None
+        assert probe_file(Path(samples[index].path), is_image=False).state == USABLE
 
 
 # -- building ---------------------------------------------------------------------------------
@@ -647,6 +674,88 @@ def test_the_script_ends_with_2_and_words(
     error = capsys.readouterr().err
     assert error.startswith("cannot index: ")
     assert re.search(words, error), error
+
+
+def script(root: Path, *more: str) -> int:
+    config = ["--deepspeed_config", str(ROOT / "ds_configs/vitl.json"), "--dataset", "k400"]
+    options = ["--root", str(root / "data"), "--index_dir", str(root / "indexes"), *more]
+    return index_data.main([*config, *options])
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "words"),
+    [
+        (sys, "executable", "/bin/false", "ended with code 1 before it had started"),
+        (sys, "executable", "/nowhere/python", "cannot start a probing process.*/nowhere/python"),
+        (probe_pool, "STARTUP", 0.0, "did not start in 0 s.*--workers"),
+    ],
+)
+def test_probing_processes_that_do_not_start_are_said_in_words(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: Any,
+    name: str,
+    value: Any,
+    words: str,
+) -> None:
+    clips(tmp_path / "data")
+    monkeypatch.setattr(where, name, value)
+    assert script(tmp_path, "--layout", "folders") == 2
+    error = capsys.readouterr().err
+    assert re.search(f"cannot index: .*{words}", error), error
+    assert "cannot write" not in error
+    assert not children()
+
+
+def test_annotations_and_reports_that_the_system_refuses_are_said_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips(tmp_path / "data")
+    assert script(tmp_path, "--annotations", "/proc/self/mem") == 2  # even root cannot read it
+    assert "cannot index: cannot read /proc/self/mem: Input/output" in capsys.readouterr().err
+    (tmp_path / "indexes/k400.report.json").mkdir(parents=True)
+    assert script(tmp_path, "--layout", "folders") == 2
+    assert re.search(r"cannot index: .*k400\.report\.json", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_what_another_user_may_not_do_is_said_in_words() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        dataset = pictures(root / "data")
+        (root / "data/list.csv").write_text("path,class,split\n")
+        open_datasets(joint(dataset, root))
+        root.chmod(0o755)
+        for path, mode in (("data/list.csv", 0o600), ("indexes/toy.parquet", 0o600)):
+            (root / path).chmod(mode)
+        (root / "closed").mkdir(mode=0o700)
+        program = (
+            "import os, sys; from pathlib import Path; from tests.media import section\n"
+            "from tests.test_index import joint, script\n"
+            "from vimnas_ds.data.joint import open_datasets; root = Path(sys.argv[1])\n"
+            "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+            "print(script(root, '--annotations', 'list.csv'))\n"
+            "print(script(root, '--layout', 'folders', '--set', 'kind=image',\n"
+            "      '--set', 'frames=null', '--set', 'fps=null'))\n"
+            "for data in (root / 'data', root / 'closed' / 'data'):\n"
+            "    try: open_datasets(joint(section(data), root))\n"
+            "    except ValueError as error: print(error)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, folder],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    codes, (unread, unlisted) = done.stdout.split()[:2], done.stdout.splitlines()[-2:]
+    assert codes == ["2", "2"], done
+    assert f"cannot read {root}/data/list.csv: Permission denied" in done.stderr
+    assert f"cannot write {root}/indexes/k400.parquet.lock: Permission denied" in done.stderr
+    assert f"cannot read the index {root}/indexes/toy.parquet (Permission denied)" in unread
+    assert f"toy: cannot list {root}/closed/data: Permission denied" in unlisted
 
 
 def test_an_empty_dataset_is_said_in_words(tmp_path: Path) -> None:

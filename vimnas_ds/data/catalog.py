@@ -69,9 +69,9 @@ def scan_dataset(name: str, section: DatasetSection) -> Catalog:
     key = f"vimnas.data.{name}.root"
     if section.root is None:
         raise DataMissing(f"{name}: no data folder; set {key}")
-    if not section.root.is_dir():
-        raise DataMissing(f"{name}: {section.root} is not a folder; set {key}")
     try:
+        if not section.root.is_dir():
+            raise DataMissing(f"{name}: {section.root} is not a folder; set {key}")
         found = LAYOUTS[section.layout](name, section, section.root)
     except OSError as error:
         raise DataMissing(

@@ -98,9 +98,12 @@ def _read_promised(
 
 @contextmanager
 def open_video(path: Path) -> Iterator[av.container.InputContainer]:
-    """Opens a file that has a video stream; FFmpeg's errors inside become `BadVideo`."""
+    """Opens a file that has a video stream; FFmpeg's errors inside become `BadVideo`.
+
+    Whatever the file is called: FFmpeg alone would take a:b.mp4 for an address of the protocol a.
+    """
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(f"file:{path.absolute()}", metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise BadVideo(str(path), "no video stream")
             stream = container.streams.video[0]

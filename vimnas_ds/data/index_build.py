@@ -84,7 +84,7 @@ def build_index(
 
     Raises:
         DataMissing, BadAnnotations: as `scan_dataset`; DataMissing also if `file` cannot be
-            written.
+            written or no probing process be started.
     """
     started = time.monotonic()
     catalog = scan_dataset(name, section)
@@ -106,46 +106,53 @@ def build_index(
     verdicts = _unchanged(root, paths, known)
     left = [path for path in paths if path not in verdicts]
     kept = len(verdicts)
-    try:
+    with _written(file):
         parts.mkdir(parents=True, exist_ok=True)
-        if section.is_image and not limits.thorough and len(left) <= FEW_IMAGES:
-            limits = limits._replace(workers=0)
-        parted = _Parts(parts, header)
-        probing = probe_files(root, left, section.is_image, limits)
-        bar = tqdm(
-            probing,
-            desc=f"index {name}",
-            total=len(paths),
-            initial=kept,
-            unit="file",
-            disable=not show or not left,
-            mininterval=0.5,
-            dynamic_ncols=True,
+    if section.is_image and not limits.thorough and len(left) <= FEW_IMAGES:
+        limits = limits._replace(workers=0)
+    parted = _Parts(parts, header)
+    probing = probe_files(root, left, section.is_image, limits)
+    bar = tqdm(
+        probing,
+        desc=f"index {name}",
+        total=len(paths),
+        initial=kept,
+        unit="file",
+        disable=not show or not left,
+        mininterval=0.5,
+        dynamic_ncols=True,
+    )
+    try:
+        for path, verdict in bar:
+            verdicts[path] = verdict
+            parted.add(path, verdict)
+    finally:
+        probing.close()
+        parted.write()
+    rows = [
+        Row(
+            sample.path,
+            split,
+            sample.label,
+            verdicts[sample.path] if there else Verdict(MISSING, ABSENT),
         )
-        try:
-            for path, verdict in bar:
-                verdicts[path] = verdict
-                parted.add(path, verdict)
-        finally:
-            probing.close()
-            parted.write()
-        rows = [
-            Row(
-                sample.path,
-                split,
-                sample.label,
-                verdicts[sample.path] if there else Verdict(MISSING, ABSENT),
-            )
-            for split, sample, there in chosen
-        ]
+        for split, sample, there in chosen
+    ]
+    with _written(file):
         write_rows(file, header, rows)
-        shutil.rmtree(parts, ignore_errors=True)
+    shutil.rmtree(parts, ignore_errors=True)
+    return Built(header, catalog, rows, len(left), kept, time.monotonic() - started)
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataMissing(
-            f"{name}: cannot write the index {file}: {error.strerror}; set vimnas.data.index_dir "
-            "to a folder that can be written"
+            f"cannot write {file}: {error.strerror or error}; set vimnas.data.index_dir to a "
+            "folder that can be written"
         ) from error
-    return Built(header, catalog, rows, len(left), kept, time.monotonic() - started)
 
 
 @contextmanager
@@ -154,14 +161,9 @@ def locked(file: Path) -> Iterator[None]:
 
     Raises DataMissing if the folder cannot be written.
     """
-    try:
+    with _written(lock_file := file.with_name(file.name + ".lock")):
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.with_name(file.name + ".lock").open("w")
-    except OSError as error:
-        raise DataMissing(
-            f"cannot write in {file.parent}: {error.strerror}; set vimnas.data.index_dir to a "
-            "folder that can be written"
-        ) from error
+        lock = lock_file.open("w")
     with lock:
         begun, said = time.monotonic(), False
         while True:
@@ -198,7 +200,9 @@ class _Parts:
 
     def write(self) -> None:
         if self._rows:
-            write_rows(self._folder / f"{self._next:06d}.parquet", self._header, self._rows)
+            file = self._folder / f"{self._next:06d}.parquet"
+            with _written(file):
+                write_rows(file, self._header, self._rows)
             self._next += 1
             self._rows = []
         self._since = time.monotonic()

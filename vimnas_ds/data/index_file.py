@@ -54,7 +54,7 @@ SCHEMA = pa.schema(
         ("tick_num", pa.int64()),
         ("tick_den", pa.int64()),
         ("first_tick", pa.int64()),
-        ("deltas", pa.list_(pa.int32())),
+        ("deltas", pa.large_list(pa.int32())),  # in all, more than 2^31 timestamps are possible
     ]
 )
 _TICKS = ("tick_num", "tick_den", "first_tick", "frames")
@@ -202,16 +202,18 @@ def _timelines(batch: pa.RecordBatch) -> Iterator[Timeline | None]:
 def _lists(deltas: Iterable[bytes]) -> pa.Array:
     parts = [np.frombuffer(d, np.int32) for d in deltas]
     offsets = np.cumsum([0, *map(len, parts)])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError("more than 2^31 timestamps in one index")
     flat = np.concatenate(parts) if parts else np.empty(0, np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, pa.int32()))
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat, pa.int32()))
 
 
 @contextlib.contextmanager
 def _damage_in_words(file: Path) -> Iterator[None]:
     try:
         yield
+    except PermissionError as error:
+        raise UnfitIndex(
+            f"cannot read the index {file} (Permission denied); give this user the right to read it"
+        ) from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UnfitIndex(
             f"cannot read the index {file} ({str(error).splitlines()[0]}); delete it, and the next "

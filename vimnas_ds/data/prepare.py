@@ -56,7 +56,7 @@ class FilePreparer:
         if not samples:
             raise ValueError(f"{name}: the split has no samples")
         self.samples = samples
-        self._root: Path = section.root.absolute()  # FFmpeg takes a bare a:b.mp4 for an address
+        self._root: Path = section.root
         self._section = section
         self._nvdec = gpu and not section.is_image
         self._verified = bytearray(len(samples))

@@ -83,7 +83,7 @@ class ViewLoader:
             raise ValueError(f"{name}: the split has no samples")
         self.seen = 0
         self.skipped: dict[str, str] = {}
-        self._root: Path = section.root.absolute()  # FFmpeg takes a bare a:b.mp4 for an address
+        self._root: Path = section.root
         self._section, self._plan = section, plan
         self._mine = samples[rank::world_size]
         self._batch, self._ahead, self._pool = batch, ahead, pool
