@@ -19,7 +19,7 @@ from vimnas_ds.data.catalog import Catalog, scan_dataset
 from vimnas_ds.data.index import open_index
 from vimnas_ds.data.listing import ABSENT
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
-from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog
+from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog, with_bare_ids
 from vimnas_ds.processes import cores_per_process
 
 
@@ -86,7 +86,8 @@ def open_datasets(
     listed, missing = {}, []
     for name, dataset in section.datasets.items():
         try:
-            listed[name] = scan_dataset(name, dataset)
+            catalog = scan_dataset(name, dataset)
+            listed[name] = catalog if dataset.is_image else with_bare_ids(catalog)
         except DataMissing as error:
             missing.append(str(error))
     if missing:
