@@ -129,8 +129,8 @@ def report(run: SearchRun, seed: int) -> None:
     say("test splits")
     evaluator = MultiViewEvaluator(run)
     unique = list(dict.fromkeys(a for archs in picks.values() for a in archs))
-    samples = sum(evaluator.num_samples(name, "test") for name in run.datasets)
-    progress = Progress(samples, "test", 1, True)
+    total = sum(evaluator.num_files(name, "test") for name in run.datasets)
+    progress = Progress(total, "test", 1, True)
     top1: dict[tuple[Arch, str], float] = {}
     counts: dict[str, int] = {}
     for name in run.datasets:

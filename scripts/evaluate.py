@@ -12,8 +12,8 @@ crop (vimnas.data.NAME.test_clips, test_crops). Crops lie along the longer side,
     --views dense    --stride seconds apart in its middle, closer where the video is too short
 
 Every file is opened and decoded once for all its views and sub-networks. Under the launcher the
-ranks share the files; the numbers stay the same. A file that cannot be used is left out of the
-accuracies, counted and named.
+ranks share the files; the numbers stay the same. A file of the official list that cannot be used,
+or is not on the disk, is left out of the accuracies, counted and named.
 
 Prints top-1, top-5, params and GFLOPs per view x views. Writes RUN/evaluation.json (every field:
 vimnas_ds/search/evaluation.py), .csv, and one picture per dataset and sub-network beside them,
@@ -42,6 +42,7 @@ from vimnas_ds.search.cli import (
     say_left_out,
 )
 from vimnas_ds.search.evaluation import (
+    describe_skipped,
     evaluation_object,
     run_classes,
     short_names,
@@ -93,8 +94,8 @@ def evaluate(args: argparse.Namespace) -> int:
     out = args.out or run.files.root / "evaluation.json"
     if ranks.is_main:
         out.parent.mkdir(parents=True, exist_ok=True)
-    samples = sum(evaluator.num_samples(name, args.split) for name in datasets)
-    progress = Progress(samples, "evaluation", ranks.world_size, ranks.is_main)
+    files = sum(evaluator.num_files(name, args.split) for name in datasets)
+    progress = Progress(files, "evaluation", ranks.world_size, ranks.is_main)
     scores: dict[str, dict[str, ViewScore]] = {label: {} for label in archs}
     for name in datasets:
         forwards = {k: partial(run.net, arch=a, dataset=name) for k, a in archs.items()}
@@ -112,6 +113,7 @@ def evaluate(args: argparse.Namespace) -> int:
                 write_figure(figure, out.with_name(f"{out.stem}-{name}-{short[label]}.png"))
         say_left_out(evaluator.skipped)
         print(describe(found, short))
+        print("".join(f"{line}\n" for line in describe_skipped(found)), end="")
         print(f"({args.split} split; written to {out}, pictures to {out.stem}-*.png beside it)")
     evaluator.close()
     run.close()

@@ -10,8 +10,9 @@ r"""Index a dataset: probe every file once, so that training knows what it can r
 
 Annotations are recognised by their content (--layout decides otherwise) and lie relative to the
 root. The dataset's other settings come from --deepspeed_config. Writes INDEX_DIR/DATASET.parquet
-and DATASET.report.json and prints the report. May be killed and started again at any time: it goes
-on where it was. Costs about 0.1 CPU-seconds for a 10 s video, 0.2 ms for an image (header only).
+and DATASET.report.json, prints the report and warns of what training will refuse. May be killed and
+started again at any time: it goes on where it was. Costs about 0.1 CPU-seconds for a 10 s video,
+0.2 ms for an image (header only).
 Exit codes: 0 done, 2 the data or the configuration cannot be used.
 """
 
@@ -25,8 +26,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vimnas_ds.config import ConfigError, DatasetSection, load_config
-from vimnas_ds.data.bad import BadAnnotations, DataMissing
+from vimnas_ds.config import ConfigError, DataSection, DatasetSection, load_config
+from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyUnusable, are_too_many
 from vimnas_ds.data.index_build import build_index, locked
 from vimnas_ds.data.index_file import read_header
 from vimnas_ds.data.probe_pool import ProbeLimits
@@ -80,13 +81,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def choose(args: argparse.Namespace) -> tuple[str, DatasetSection, Path]:
-    """The dataset's name, its section with everything the command line says, and its index."""
+def choose(args: argparse.Namespace) -> tuple[str, DatasetSection, Path, float]:
+    """The dataset's name, its section with everything the command line says, its index, and the
+    share of unusable files that training allows."""
     if args.update is not None:
         if not args.update.is_file():
             raise ConfigError(f"--update {args.update}: there is no such index")
         header = read_header(args.update)
         name, values, file = header.name, dict(header.section), args.update
+        max_bad_share = DataSection.model_fields["max_bad_share"].default
     else:
         config = load_config(args.deepspeed_config).vimnas.data
         name = args.dataset
@@ -95,7 +98,7 @@ def choose(args: argparse.Namespace) -> tuple[str, DatasetSection, Path]:
                 f"--dataset {name}: {args.deepspeed_config} has {', '.join(config.datasets)}; name "
                 "another configuration with --deepspeed_config"
             )
-        values = config.datasets[name].model_dump(mode="json")
+        values, max_bad_share = config.datasets[name].model_dump(mode="json"), config.max_bad_share
         file = (args.index_dir or config.index_dir) / f"{name}.parquet"
     given: dict[str, Any] = {k: v for k in OPTIONS if (v := getattr(args, k)) is not None}
     for override in args.set:
@@ -115,25 +118,29 @@ def choose(args: argparse.Namespace) -> tuple[str, DatasetSection, Path]:
     except ValidationError as error:
         messages = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
         raise ConfigError(f"{name}: {'; '.join(messages)}") from error
-    return name, section, file
+    return name, section, file, max_bad_share
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        name, section, file = choose(args)
+        name, section, file, max_bad_share = choose(args)
         limits = ProbeLimits(args.workers or cores_per_process(1), args.timeout, args.thorough)
         with locked(file):
             built = build_index(name, section, file, limits, args.limit, args.recheck)
         report = summarise(built, section)
         file.with_suffix(".report.json").write_text(json.dumps(report, indent=2) + "\n")
-    except (ConfigError, DataMissing, BadAnnotations) as error:
+    except (ConfigError, DataMissing, BadAnnotations, OSError) as error:
         print(f"cannot index: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     print(describe(report))
+    unusable, seen = built.unusable(), built.probed + built.kept
+    if are_too_many(len(unusable), seen, max_bad_share):
+        warning = TooManyUnusable(name, unusable, seen, max_bad_share, file)
+        print(f"warning: training will refuse this:\n{warning}", file=sys.stderr)
     print(f"written to {file} ({file.stat().st_size:,} bytes)")
     return 0
 

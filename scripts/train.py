@@ -22,11 +22,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
 from vimnas_ds.arch_file import read_arch
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyBadFiles
-from vimnas_ds.data.joint import open_datasets
-from vimnas_ds.train.ranks import TRAINING_TIMEOUT, RanksDisagree, settle_on_cpu, start_ranks
+from vimnas_ds.train.open_data import open_data
+from vimnas_ds.train.ranks import (
+    CannotStart,
+    RanksDisagree,
+    run_together,
+    settle_on_cpu,
+    start_ranks,
+)
 
 if TYPE_CHECKING:
     from vimnas_ds.train.loop import Trainer
@@ -79,17 +87,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     rank = os.environ.get("RANK", "0")
     try:
-        config = configure(args)
         if args.dry_run:
             from vimnas_ds.train.dry_run import describe_run
 
             if rank == "0":
-                print(describe_run(config, int(os.environ.get("WORLD_SIZE", "1"))))
+                print(describe_run(configure(args), int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
-        trainer = prepare(config, args.resume, args.overwrite)
-    except (ConfigError, DataMissing, BadAnnotations, RanksDisagree) as err:
-        if rank == "0":
+        trainer = prepare(args)
+    except (ConfigError, DataMissing, BadAnnotations, CannotStart, RanksDisagree, OSError) as err:
+        if rank == "0":  # it knows what the others cannot start with
             print(f"cannot start:\n{err}", file=sys.stderr)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 2
     return run(trainer, rank)
 
@@ -107,30 +116,30 @@ def configure(args: argparse.Namespace) -> RunConfig:
     return load_config(args.deepspeed_config, overrides)
 
 
-def prepare(config: RunConfig, resume: str | None, overwrite: bool) -> Trainer:
-    """Check everything that can be checked before any work, then set the run up."""
+def prepare(args: argparse.Namespace) -> Trainer:
+    """Check, with all ranks, what can be checked before any work, then set the run up."""
+    from vimnas_ds.train.loop import Trainer
     from vimnas_ds.train.run_files import RunFiles, choose_start
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config.micro_batch(world_size)
-    config.micro_batch(world_size, config.alpha_batch)
-    start = choose_start(RunFiles(config.vimnas.output_dir), resume, overwrite)
-    data = open_datasets(config.vimnas.data)
+    ranks = start_ranks()
 
-    from vimnas_ds.train.loop import Trainer
+    def check() -> tuple[RunConfig, Path | None]:
+        config = configure(args)
+        config.micro_batch(ranks.world_size)
+        config.micro_batch(ranks.world_size, config.alpha_batch)
+        files = RunFiles(config.vimnas.output_dir)
+        return config, choose_start(files, args.resume, args.overwrite)
 
-    # a rank that waits for a file holds up all others
-    ranks = start_ranks(TRAINING_TIMEOUT + config.vimnas.data.file_timeout / 60)
+    config, start = run_together(check, ranks)
+    data = open_data(config.vimnas.data, ranks, Path(args.deepspeed_config))
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
-    trainer = Trainer(config, data, ranks, start, overwrite)
+    trainer = Trainer(config, data, ranks, start, args.overwrite)
     trainer.console.say(f"ready {time.time() - STARTED:.1f} s after the process started")
     return trainer
 
 
 def run(trainer: Trainer, rank: str) -> int:
     """Train; a run that stops itself says why, on the rank that knows, and exits with 3."""
-    import torch.distributed as dist
-
     from vimnas_ds.train.loop import TooManySkippedSteps
 
     try:

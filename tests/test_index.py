@@ -9,8 +9,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 
 import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -25,7 +29,7 @@ from scripts import index_data
 from tests.conftest import ROOT, SHARED_DATA
 from tests.media import encode, numbered, numbers, section
 from vimnas_ds.config import DataSection, DatasetSection
-from vimnas_ds.data import index_file
+from vimnas_ds.data import index_file, probe_pool
 from vimnas_ds.data.bad import BadAnnotations, BadFile, DataMissing, UnfitIndex
 from vimnas_ds.data.catalog import Sample, scan_dataset
 from vimnas_ds.data.decode import read_clip
@@ -122,10 +126,10 @@ def test_frame_numbers_from_the_index_are_those_that_pyav_shows(
 
 def test_the_gpu_path_feeds_the_same_clip_with_an_index_and_without(tmp_path: Path) -> None:
     dataset = clips(tmp_path / "data")
-    data = open_datasets(joint(dataset, tmp_path))
-    samples = data.splits["toy"]["train"]
+    samples = open_datasets(joint(dataset, tmp_path), gpu=True).splits["toy"]["train"]
     assert all(s.video is not None for s in samples)
-    bare = [s._replace(video=None) for s in samples]
+    bare = open_datasets(joint(dataset, tmp_path)).splits["toy"]["train"]
+    assert bare == [s._replace(video=None) for s in samples]
     for place in (0.0, 0.4, 1.0):
         with_index, without = (
             FilePreparer("toy", dataset, some, gpu=True).evaluate(0, View(place))
@@ -314,12 +318,32 @@ def test_rows_come_back_as_they_were_also_with_odd_names(tmp_path: Path) -> None
     assert [r[1:] for r in found] == [r[1:] for r in rows]
 
 
+def test_timestamps_of_one_index_may_exceed_32_bits_and_older_files_are_read(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "i.parquet"
+    lines = [Timeline.pack([0, 9, i + 20], i + 40, Fraction(1, 1000)) for i in range(3)]
+    row = Verdict(USABLE, "", 9, 8, "mp4", "h264", "yuv420p", 4, 6)
+    rows = [
+        Row(f"{i}.mp4", "train", 0, replace(row, timeline=line, duration=line.duration))
+        for i, line in enumerate(lines)
+    ]
+    write_rows(file, Header("toy", "/data", {}, "digest"), rows)
+    table = pq.read_table(file)
+    assert table["deltas"].chunk(0).offsets.type == pa.int64()
+    place = table.schema.get_field_index("deltas")
+    narrow = table["deltas"].cast(pa.list_(pa.int32()))
+    pq.write_table(table.set_column(place, "deltas", narrow), file)
+    assert pq.read_table(file)["deltas"].chunk(0).offsets.type == pa.int32()
+    assert list(read_rows(file)) == rows
+
+
 def test_files_with_odd_names_are_indexed_and_trained_on(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for name in ("-dash", 'a b\'s "c", d', "ü日本", os.fsdecode(b"raw\xff")):
         encode(root / "train" / "a" / f"{name}.mp4", numbered(4))
     encode(root / "val" / "a" / "x.mp4", numbered(4))
-    data = open_datasets(joint(section(root, "video"), tmp_path))
+    data = open_datasets(joint(section(root, "video"), tmp_path), gpu=True)
     assert sum(len(data.splits["toy"][p]) for p in ("train", "alpha", "select")) == 4
     assert all(s.video is not None for part in data.splits["toy"].values() for s in part)
 
@@ -328,12 +352,15 @@ def test_names_like_options_or_addresses_are_read_from_a_relative_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    samples = [Sample("pipe:0.mp4", 0), Sample("-y.mp4", 0)]
+    names = ("pipe:0.mp4", "-y.mp4", "http:x.mp4", "file:x.mp4", "a%20b?c#d.mp4")
+    samples = [Sample(name, 0) for name in names]
     for sample in samples:
         encode(tmp_path / sample.path, numbered(4))
     files = FilePreparer("toy", section(Path(), "video"), samples, gpu=False)
     for index in range(len(samples)):
         assert numbers(files.evaluate(index, View())["frames"])[0] == 0
+        assert read_encoded(Path(samples[index].path), 4, 8.0, 0.0) is not None
+        assert probe_file(Path(samples[index].path), is_image=False).state == USABLE
 
 
 # -- building ---------------------------------------------------------------------------------
@@ -438,6 +465,51 @@ def test_unusable_files_never_reach_a_split_and_are_counted(tmp_path: Path) -> N
         open_datasets(joint(dataset, tmp_path))
 
 
+def test_official_test_files_that_cannot_be_scored_are_known_with_their_reasons(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "data"
+    pictures(root, test=3)
+    (root / "val/b/1.png").write_text("text")
+    rows = [f"train/{'ab'[i % 2]}/{i}.png,{'ab'[i % 2]},train" for i in range(5)]
+    rows += ["val/a/0.png,a,val", "val/b/1.png,b,val", "val/a/2.png,a,val", "val/a/9.png,a,val"]
+    (root / "list.csv").write_text("path,class,split\n" + "".join(f"{row}\n" for row in rows))
+    data = open_datasets(joint(section(root, layout="csv", annotations="list.csv"), tmp_path))
+    assert data.untested == {
+        "toy": {"val/b/1.png": "not an image", "val/a/9.png": "not on the disk"}
+    }
+    assert len(data.splits["toy"]["test"]) == 2
+
+
+def test_more_unusable_files_than_allowed_stop_the_run_before_any_work(tmp_path: Path) -> None:
+    dataset = pictures(tmp_path / "data", train=45, test=1)
+    for name, content in (("bad", "text"), ("worse", "text"), ("empty", "")):
+        (tmp_path / f"data/train/a/{name}.jpg").write_text(content)
+    data = joint(dataset, tmp_path).model_copy(update={"max_bad_share": 0.05})
+    assert len(open_datasets(data).unusable["toy"]) == 3  # of 49 files: too few
+    Image.new("RGB", (8, 6)).save(tmp_path / "data/val/a/1.png")
+    build(dataset, tmp_path)
+    with pytest.raises(DataMissing) as caught:
+        open_datasets(data)
+    words = str(caught.value)
+    assert "toy: 3 of 50 files are unusable" in words
+    assert words.index("2 files: not an image") < words.index("1 files: empty file")
+    assert "train/a/bad.jpg: not an image" in words
+    assert f"--update {tmp_path}/indexes/toy.parquet" in words
+    assert "raise vimnas.data.max_bad_share" in words
+    open_datasets(data.model_copy(update={"max_bad_share": 0.06}))
+
+
+def test_annotated_files_that_are_not_there_are_no_bad_files(tmp_path: Path) -> None:
+    pictures(tmp_path / "data", train=46, test=4)
+    rows = [f"train/{'ab'[i % 2]}/{i}.png,a,train" for i in range(100)]
+    rows += [f"val/{'ab'[i % 2]}/{i}.png,a,val" for i in range(100)]
+    (tmp_path / "data/list.csv").write_text("path,class,split\n" + "\n".join(rows))
+    dataset = section(tmp_path / "data", layout="csv", annotations="list.csv")
+    assert build(dataset, tmp_path).unusable() == {}
+    assert open_datasets(joint(dataset, tmp_path)).catalogs["toy"].missing == 150
+
+
 def unfit(dataset: DatasetSection, folder: Path) -> str:
     """The words in which training refuses the index."""
     with pytest.raises(UnfitIndex) as caught:
@@ -498,6 +570,23 @@ def test_an_index_that_no_longer_fits_is_refused_and_its_command_mends_it(
     assert len(data.splits["toy"]["test"]) == 1
 
 
+def test_who_trusts_anothers_check_asks_no_file(tmp_path: Path) -> None:
+    dataset = clips(tmp_path / "data", train=6)
+    checked = open_datasets(joint(dataset, tmp_path), gpu=True)
+    os.utime(tmp_path / "data/train/a/0.mp4", ns=(0, 0))
+    trusting = open_datasets(joint(dataset, tmp_path), check=False, gpu=True)
+    assert trusting == checked
+    assert "1 file changed" in unfit(dataset, tmp_path)
+
+
+def test_an_index_with_rows_missing_is_refused_in_words(tmp_path: Path) -> None:
+    dataset = pictures(tmp_path / "data")
+    build(dataset, tmp_path)
+    file = tmp_path / "indexes/toy.parquet"
+    write_rows(file, index_file.read_header(file), list(read_rows(file))[1:])
+    assert "has 5 rows instead of 6; delete it" in unfit(dataset, tmp_path)
+
+
 def test_other_formats_and_damaged_files_are_refused_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -548,6 +637,23 @@ def test_the_report_counts_against_the_public_copy(
     assert report["codecs"] == {"h264": 4}
 
 
+def test_the_script_warns_of_what_training_will_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / "data", train=50)
+    config = ["--deepspeed_config", str(ROOT / "ds_configs/vitl.json"), "--dataset", "imagenet"]
+    options = ["--root", str(tmp_path / "data"), "--index_dir", str(tmp_path)]
+    options += ["--layout", "folders"]
+    for i in range(3):
+        (tmp_path / f"data/train/a/bad{i}.jpg").touch()
+    for arguments in ([*config, *options], ["--update", str(tmp_path / "imagenet.parquet")]):
+        assert index_data.main(arguments) == 0
+        assert "imagenet: 3 of 55 files are unusable" in capsys.readouterr().err
+    (tmp_path / "data/train/a/bad0.jpg").unlink()
+    assert index_data.main([*config, *options]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -568,6 +674,88 @@ def test_the_script_ends_with_2_and_words(
     error = capsys.readouterr().err
     assert error.startswith("cannot index: ")
     assert re.search(words, error), error
+
+
+def script(root: Path, *more: str) -> int:
+    config = ["--deepspeed_config", str(ROOT / "ds_configs/vitl.json"), "--dataset", "k400"]
+    options = ["--root", str(root / "data"), "--index_dir", str(root / "indexes"), *more]
+    return index_data.main([*config, *options])
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "words"),
+    [
+        (sys, "executable", "/bin/false", "ended with code 1 before it had started"),
+        (sys, "executable", "/nowhere/python", "cannot start a probing process.*/nowhere/python"),
+        (probe_pool, "STARTUP", 0.0, "did not start in 0 s.*--workers"),
+    ],
+)
+def test_probing_processes_that_do_not_start_are_said_in_words(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: Any,
+    name: str,
+    value: Any,
+    words: str,
+) -> None:
+    clips(tmp_path / "data")
+    monkeypatch.setattr(where, name, value)
+    assert script(tmp_path, "--layout", "folders") == 2
+    error = capsys.readouterr().err
+    assert re.search(f"cannot index: .*{words}", error), error
+    assert "cannot write" not in error
+    assert not children()
+
+
+def test_annotations_and_reports_that_the_system_refuses_are_said_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips(tmp_path / "data")
+    assert script(tmp_path, "--annotations", "/proc/self/mem") == 2  # even root cannot read it
+    assert "cannot index: cannot read /proc/self/mem: Input/output" in capsys.readouterr().err
+    (tmp_path / "indexes/k400.report.json").mkdir(parents=True)
+    assert script(tmp_path, "--layout", "folders") == 2
+    assert re.search(r"cannot index: .*k400\.report\.json", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_what_another_user_may_not_do_is_said_in_words() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        dataset = pictures(root / "data")
+        (root / "data/list.csv").write_text("path,class,split\n")
+        open_datasets(joint(dataset, root))
+        root.chmod(0o755)
+        for path, mode in (("data/list.csv", 0o600), ("indexes/toy.parquet", 0o600)):
+            (root / path).chmod(mode)
+        (root / "closed").mkdir(mode=0o700)
+        program = (
+            "import os, sys; from pathlib import Path; from tests.media import section\n"
+            "from tests.test_index import joint, script\n"
+            "from vimnas_ds.data.joint import open_datasets; root = Path(sys.argv[1])\n"
+            "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+            "print(script(root, '--annotations', 'list.csv'))\n"
+            "print(script(root, '--layout', 'folders', '--set', 'kind=image',\n"
+            "      '--set', 'frames=null', '--set', 'fps=null'))\n"
+            "for data in (root / 'data', root / 'closed' / 'data'):\n"
+            "    try: open_datasets(joint(section(data), root))\n"
+            "    except ValueError as error: print(error)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, folder],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    codes, (unread, unlisted) = done.stdout.split()[:2], done.stdout.splitlines()[-2:]
+    assert codes == ["2", "2"], done
+    assert f"cannot read {root}/data/list.csv: Permission denied" in done.stderr
+    assert f"cannot write {root}/indexes/k400.parquet.lock: Permission denied" in done.stderr
+    assert f"cannot read the index {root}/indexes/toy.parquet (Permission denied)" in unread
+    assert f"toy: cannot list {root}/closed/data: Permission denied" in unlisted
 
 
 def test_an_empty_dataset_is_said_in_words(tmp_path: Path) -> None:

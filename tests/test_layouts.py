@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import random
 from pathlib import Path
 
 import pytest
 
 from tests.media import section, touch
+from vimnas_ds.config import DataSection
 from vimnas_ds.data.bad import BadAnnotations, DataMissing
 from vimnas_ds.data.catalog import Catalog, Sample, scan_dataset
+from vimnas_ds.data.joint import open_datasets
 from vimnas_ds.data.recognise import recognise_layout
 from vimnas_ds.data.splits import drop_overlap, split_catalog
 
@@ -79,6 +83,44 @@ def test_ids_of_the_csv_keep_training_apart_from_validation_lists(tmp_path: Path
     left = {s.path for part in ("train", "alpha", "select") for s in kept["k600"][part]}
     assert left == {f"train/{name}.mp4" for name in own}
     assert dropped == {"k400": 0, "k600": 2}
+
+
+def bare_ids(count: int) -> list[str]:
+    """As YouTube gives them: 64 random bits."""
+    draw = random.Random(0)
+    codes = [base64.urlsafe_b64encode(draw.randbytes(8)) for _ in range(count)]
+    return [code.decode().rstrip("=") for code in codes]
+
+
+NAMES = bare_ids(90)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "dropped"),
+    [
+        (NAMES, "video", 5),
+        (NAMES, "image", 0),
+        ([n if i % 2 else f"{n}_000001_000011" for i, n in enumerate(NAMES)], "video", 5),
+        ([n if i % 20 else f"clip {i}" for i, n in enumerate(NAMES, 1)], "video", 5),
+        ([n if i % 5 else f"clip {i}" for i, n in enumerate(NAMES, 1)], "video", 0),
+        ([f"video_{i:05}" for i in range(90)], "video", 0),
+        ([f"{i:011}" for i in range(90)], "video", 0),
+        ([str(100_000 + i) for i in range(90)], "video", 0),
+    ],
+    ids="ids images both 95% 80% counters digits ssv2".split(),
+)
+def test_bare_ids_keep_videos_apart_where_nearly_all_files_are_named_by_ids(
+    tmp_path: Path, names: list[str], kind: str, dropped: int
+) -> None:
+    """One dataset trains on the first 40 videos, another tests on the first 5 of them."""
+    suffix = "png" if kind == "image" else "mp4"
+    parts = {"one": (names[:40], names[80:85]), "two": (names[40:80], names[:5])}
+    for name, (train, test) in parts.items():
+        touch(tmp_path / name, *(f"train/a/{n}.{suffix}" for n in train))
+        touch(tmp_path / name, *(f"val/a/{n[:11]}.{suffix}" for n in test))
+    datasets = {name: section(tmp_path / name, kind) for name in parts}
+    data = open_datasets(DataSection(datasets=datasets, index_dir=tmp_path / "none"), build=False)
+    assert data.dropped == {"one": dropped, "two": 0}
 
 
 @pytest.mark.parametrize("separator", [" ", ",", ", ", "\t", ";"])

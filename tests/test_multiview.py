@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,8 @@ from vimnas_ds.data.view_graph import build_view_pipeline
 from vimnas_ds.data.view_loader import ViewLoader
 from vimnas_ds.data.views import ViewPlan
 from vimnas_ds.report.confusion import confusion_figure, shortened, write_figure
-from vimnas_ds.search.evaluation import short_names
+from vimnas_ds.search.cli import NAMED, say_left_out
+from vimnas_ds.search.evaluation import describe_skipped, short_names
 from vimnas_ds.search.multiview import MultiViewEvaluator
 from vimnas_ds.train.ranks import Ranks
 from vimnas_ds.train.run_files import CheckpointError
@@ -400,10 +402,13 @@ def check_planted(found: dict, files: int | None) -> None:
     assert len(found) == 2 * 2 * len(cases.BATCHES)
     for key, values in found.items():
         dataset, network, _ = key.split()
-        skipped, progress = values.pop("skipped"), values.pop("progress")
+        skipped, progress, samples = (values.pop(k) for k in ("skipped", "progress", "samples"))
         assert values == expected(dataset, int(network)), key
         broken = [f"{cases.BROKEN:02}.mp4"] if dataset == "k400" else []
-        assert list(skipped) == broken
+        assert list(skipped) == sorted([*broken, *cases.UNTESTED[dataset]])
+        assert cases.UNTESTED[dataset].items() <= skipped.items()
+        assert samples == values["count"] + len(skipped)
+        assert samples == len(cases.SPLIT[dataset]) + len(cases.UNTESTED[dataset])
         if files is None:
             assert progress == len(cases.SPLIT[dataset])
 
@@ -547,6 +552,50 @@ def test_the_script_writes_a_consistent_json_a_csv_and_a_picture_per_dataset(
     ]
     assert "32/32 [00:" in errors  # samples done, with the time left
     assert "classes' mean" in shown
+
+
+@pytest.mark.slow
+def test_test_files_that_no_loader_sees_are_counted_and_named(evaluate, trained, folder, tmp_path):
+    root = tmp_path / "k400"
+    shutil.copytree(folder / "data" / "k400", root)
+    broken, gone, *rest = sorted((root / "val").rglob("*.mp4"))
+    broken.write_bytes(b"")
+    rows = [f"{p.relative_to(root)},{p.parent.name},train" for p in (root / "train").rglob("*.mp4")]
+    rows += [f"{p.relative_to(root)},{p.parent.name},val" for p in (broken, gone, *rest)]
+    (root / "list.csv").write_text("path,class,split\n" + "".join(f"{row}\n" for row in rows))
+    gone.unlink()
+    values = {"k400.root": root, "k400.layout": "csv", "k400.annotations": "list.csv"}
+    values["index_dir"] = tmp_path / "indexes"
+    sets = [word for k, v in values.items() for word in ("--set", f"vimnas.data.{k}={v}")]
+    out = tmp_path / "found.json"
+    chosen = ["--datasets", "k400", "--arch", "smallest", "--out", str(out)]
+    code, shown, errors = evaluate("--checkpoint", str(trained), *sets, *chosen)
+    assert code == 0, errors
+    found = json.loads(out.read_text())["datasets"]["k400"]
+    assert found["skipped"] == {
+        str(broken.relative_to(root)): "empty file",
+        str(gone.relative_to(root)): "not on the disk",
+    }
+    assert found["samples"] == found["count"] + 2 == 16
+    line = "k400: 2 of 16 test files not scored (1 empty file, 1 not on the disk)"
+    assert line in shown.splitlines()
+    assert f"left out: k400: {gone.relative_to(root)}: not on the disk" in errors
+
+
+def test_long_lists_of_skipped_files_are_bounded_where_they_are_printed_only(capsys):
+    reasons = {f"{i:03}.mp4": "not on the disk" for i in range(123)}
+    say_left_out({"k400": reasons, "ssv2": {"1.webm": "empty file"}})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == NAMED + 2
+    assert lines[NAMED - 1 :] == [
+        f"left out: k400: {NAMED - 1:03}.mp4: not on the disk",
+        f"left out: k400: and {123 - NAMED} more",
+        "left out: ssv2: 1.webm: empty file",
+    ]
+    found = {"split": "test", "datasets": {"k400": {"samples": 2000, "skipped": reasons}}}
+    assert describe_skipped(found) == [
+        "k400: 123 of 2,000 test files not scored (123 not on the disk)"
+    ]
 
 
 @pytest.mark.slow

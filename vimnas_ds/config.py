@@ -246,12 +246,16 @@ class DataSection(Section):
         description="Batches decoded ahead at least; in training 8, fewer where memory is short",
     )
     max_bad_share: Fraction = Field(
-        0.05, description="Substituted samples above this share of a dataset stop the run"
+        0.05,
+        description="A dataset of whose files the index calls more than this share unusable is "
+        "refused; substituted samples above this share stop the run (of 50 at least)",
     )
     file_timeout: Positive = Field(
         300.0,
+        le=480,
         description="Seconds that reading one file may take in training and evaluation (a disk "
-        "that is gone blocks for ever); one that takes longer counts as unusable",
+        "that is gone blocks for ever), 480 at most: the other ranks wait ten minutes; one that "
+        "takes longer counts as unusable",
     )
     cache_mb: int = Field(
         512,

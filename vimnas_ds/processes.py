@@ -18,6 +18,11 @@ def local_processes(world_size: int) -> int:
     return max(1, world_size)
 
 
+def spans_machines(world_size: int) -> bool:
+    """Whether there are processes on other machines."""
+    return local_processes(world_size) < world_size
+
+
 def cores_per_process(world_size: int) -> int:
     """This process's share of the machine's cores, at least one."""
     return max(1, len(os.sched_getaffinity(0)) // local_processes(world_size))

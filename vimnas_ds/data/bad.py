@@ -8,7 +8,10 @@ loaders substitute or skip the sample and keep count, and only a dataset that is
 from __future__ import annotations
 
 import re
+import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 #: The reason of a file that blocks its reader.
@@ -40,9 +43,45 @@ class BadVideo(BadFile):
     """A video file of which no clip can be decoded."""
 
 
+#: Files seen before the share of unusable ones is judged.
+MIN_SEEN = 50
+
+
+def are_too_many(bad: int, seen: int, max_bad_share: float) -> bool:
+    """Whether so many of the files seen are unusable that the dataset counts as broken."""
+    return seen >= MIN_SEEN and bad > max_bad_share * seen
+
+
 def kind_of(reason: str) -> str:
     """A reason without what differs from file to file: numbers and what stands in brackets."""
     return re.sub(r"\s*\([^)]*\)|\s*\d+", "", reason).strip() or reason
+
+
+class TooManyUnusable(DataMissing):
+    """A dataset of whose files, by its index, more than `vimnas.data.max_bad_share` are unusable.
+
+    Args:
+        name: the dataset.
+        unusable: what is wrong with each unusable file, by path.
+        seen: its files that are on the disk.
+        max_bad_share: the limit.
+        index: the index.
+    """
+
+    def __init__(
+        self, name: str, unusable: Mapping[str, str], seen: int, max_bad_share: float, index: Path
+    ) -> None:
+        counts = Counter(map(kind_of, unusable.values())).most_common()
+        reasons = [f"  {count:,} files: {reason}" for reason, count in counts]
+        first = [f"  {path}: {reason}" for path, reason in islice(unusable.items(), 20)]
+        mend = shlex.join(["python", "scripts/index_data.py", "--update", str(index)])
+        super().__init__(
+            f"{name}: {len(unusable):,} of {seen:,} files are unusable, more than "
+            f"vimnas.data.max_bad_share ({max_bad_share:.3g}) allows:\n"
+            + "\n".join([*reasons, " the first of them:", *first])
+            + f"\n Mend the files and renew the index ({mend}), or raise vimnas.data.max_bad_share "
+            "to do without them"
+        )
 
 
 class TooManyBadFiles(ValueError):

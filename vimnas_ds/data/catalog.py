@@ -71,10 +71,10 @@ def scan_dataset(name: str, section: DatasetSection) -> Catalog:
     folder = section.folder
     if folder is None:
         raise DataMissing(f"{name}: no data folder; set {key}")
-    if not folder.is_dir():
-        raise DataMissing(f"{name}: {folder} is not a folder; set {key}")
     list_files = LAYOUTS[section.layout] if section.shards is None else list_shards
     try:
+        if not folder.is_dir():
+            raise DataMissing(f"{name}: {folder} is not a folder; set {key}")
         found = list_files(name, section, folder)
     except OSError as error:
         raise DataMissing(

@@ -98,9 +98,11 @@ def _read_promised(
 
 @contextmanager
 def open_video(path: Media) -> Iterator[av.container.InputContainer]:
-    """Opens a file that has a video stream; FFmpeg's errors inside become `BadVideo`."""
+    """Opens a file that has a video stream; FFmpeg's errors inside become `BadVideo`.
+
+    Whatever the file is called: FFmpeg alone would take a:b.mp4 for an address of the protocol a.
+    """
     try:
-        # "file:", because FFmpeg takes a bare a:b.mp4 for an address
         opened = path.stream() if isinstance(path, Blob) else f"file:{path.absolute()}"
         with av.open(opened, metadata_errors="ignore") as container:
             if not container.streams.video:

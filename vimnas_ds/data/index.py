@@ -10,22 +10,29 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
 from vimnas_ds.config import LAYOUT_FILES, DataSection, DatasetSection
-from vimnas_ds.data.bad import DataMissing, UnfitIndex
+from vimnas_ds.data.bad import DataMissing, TooManyUnusable, UnfitIndex, are_too_many
 from vimnas_ds.data.catalog import Catalog
 from vimnas_ds.data.encoded import GPU_CODECS, GPU_PIXELS
 from vimnas_ds.data.index_build import build_index, file_stats, locked
 from vimnas_ds.data.index_file import (
     Header,
-    Row,
     listed,
     listing_digest,
     read_header,
     read_rows,
+    read_table,
+    read_verdicts,
     stored,
 )
 from vimnas_ds.data.listing import Sample, VideoFacts
@@ -35,6 +42,8 @@ from vimnas_ds.data.shards import INDEX, MEMBERS
 
 #: Keys of a dataset's section that decide what its listing is.
 LISTING_KEYS = ("kind", "layout", *LAYOUT_FILES, "train_split", "test_split")
+#: Columns that are compared with the files.
+CHECKED = ("state", "reason", "size", "mtime")
 
 
 @dataclass(frozen=True)
@@ -51,17 +60,27 @@ def index_path(section: DataSection, name: str) -> Path:
     return section.index_dir / f"{name}.parquet" if shards is None else shards / INDEX
 
 
-def open_index(name: str, catalog: Catalog, section: DataSection, build: bool = True) -> Indexed:
+def open_index(
+    name: str,
+    catalog: Catalog,
+    section: DataSection,
+    build: bool = True,
+    check: bool = True,
+    gpu: bool = False,
+) -> Indexed:
     """The usable files of a catalog, by its index.
 
     Args:
         catalog: the listing of the dataset `name` of `section`.
         build: make the index if there is none (one process does, others wait); without it a
             dataset that has none is taken as it is listed.
+        check: ask for every file's size and time; without it another process has just done so.
+        gpu: give the samples what the GPU's decoder needs to know of their videos.
 
     Raises:
         UnfitIndex: the index is of other files; the message names the command that mends it.
-        DataMissing: the index cannot be written, or a split has no usable file.
+        DataMissing: the index cannot be written, a split has no usable file, or more files are
+            unusable than `section.max_bad_share` allows.
     """
     dataset, file = section.datasets[name], index_path(section, name)
     if dataset.shards is None and not file.exists():
@@ -75,19 +94,46 @@ def open_index(name: str, catalog: Catalog, section: DataSection, build: bool = 
                 workers = section.workers or len(os.sched_getaffinity(0))  # other ranks wait
                 build_index(name, dataset, file, ProbeLimits(workers))
     header = read_header(file)
-    rows = {row.path: row for row in read_rows(file)}
-    if dataset.shards is not None:
-        if header.listing != listing_digest(catalog):
+    if dataset.shards is None:
+        _check_header(name, dataset, file, header)
+    if header.listing != listing_digest(catalog):
+        if dataset.shards is not None:
             raise UnfitIndex(
                 f"{name}: {file} and {MEMBERS} beside it were not written together; copy both "
                 f"there again, or make the shards anew: scripts/make_shards.py --overwrite"
             )
-        return _without_unusable(catalog, rows, dataset)
-    _check_header(name, dataset, file, header)
-    if header.listing != listing_digest(catalog):
-        raise _unfit(name, file, [], _listing_changes(catalog, rows))
-    _check_files(name, file, catalog, rows)
-    return _without_unusable(catalog, rows, dataset)
+        raise _unfit(name, file, [], _listing_changes(catalog, file))
+    timelines = gpu and not dataset.is_image
+    rows = _present(catalog, file, None if timelines else CHECKED)
+    if check and dataset.shards is None:  # the sizes of shards were checked when they were opened
+        _check_files(name, file, catalog, rows)
+    indexed = _without_unusable(catalog, rows, dataset, timelines)
+    seen = len(rows)
+    if are_too_many(len(indexed.unusable), seen, section.max_bad_share):
+        raise TooManyUnusable(name, indexed.unusable, seen, section.max_bad_share, file)
+    return indexed
+
+
+def check_indexed(section: DataSection, config: Path) -> None:
+    """Raises DataMissing, naming the commands to run first, if a dataset has no index.
+
+    `config` is the file that the section comes from.
+    """
+    commands = []
+    for name, dataset in section.datasets.items():
+        if dataset.shards is None and dataset.root and not index_path(section, name).exists():
+            command = ["python", "scripts/index_data.py", "--deepspeed_config", str(config)]
+            command += ["--dataset", name, "--root", str(dataset.root)]
+            command += ["--index_dir", str(section.index_dir)]
+            for key, value in dataset.model_dump(mode="json", include=set(LISTING_KEYS)).items():
+                command += ["--set", f"{key}={'null' if value is None else value}"]
+            commands.append(f"  {shlex.join(command)}")
+    if commands:
+        raise DataMissing(
+            f"no index in {section.index_dir} for a run on several machines; first run there (once "
+            "if all machines share vimnas.data.index_dir, else on each of them):\n"
+            + "\n".join(commands)
+        )
 
 
 def _check_header(name: str, section: DatasetSection, file: Path, header: Header) -> None:
@@ -114,10 +160,27 @@ def _check_header(name: str, section: DatasetSection, file: Path, header: Header
         raise _unfit(name, file, options, reasons)
 
 
-def _listing_changes(catalog: Catalog, rows: Mapping[str, Row]) -> list[str]:
+def _present(catalog: Catalog, file: Path, columns: Sequence[str] | None) -> pa.Table:
+    """The rows of the training and test files that are there, in the catalog's order: with an equal
+    digest the index has its rows in the order of `listed`."""
+    table, sizes = read_table(file, columns), [len(part) for part in _parts(catalog)]
+    if len(table) != sum(sizes):
+        raise UnfitIndex(
+            f"the index {file} has {len(table):,} rows instead of {sum(sizes):,}; delete it, and "
+            "the next run builds a new one"
+        )
+    train, absent, test, _ = sizes
+    return pa.concat_tables([table.slice(0, train), table.slice(train + absent, test)])
+
+
+def _parts(catalog: Catalog) -> tuple[tuple[Sample, ...], ...]:
+    return catalog.train, catalog.absent_train, catalog.test, catalog.absent_test
+
+
+def _listing_changes(catalog: Catalog, file: Path) -> list[str]:
     now = {stored(s.path): (split, s.label, there) for split, s, there in listed(catalog)}
     before = {
-        row.path: (row.split, row.label, row.verdict.state != MISSING) for row in rows.values()
+        row.path: (row.split, row.label, row.verdict.state != MISSING) for row in read_rows(file)
     }
     there = {path for path, (*_, present) in now.items() if present}
     had = {path for path, (*_, present) in before.items() if present}
@@ -132,18 +195,15 @@ def _listing_changes(catalog: Catalog, rows: Mapping[str, Row]) -> list[str]:
     return [_count(what, paths) for what, paths in changes.items() if paths]
 
 
-def _check_files(name: str, file: Path, catalog: Catalog, rows: Mapping[str, Row]) -> None:
+def _check_files(name: str, file: Path, catalog: Catalog, rows: pa.Table) -> None:
     paths = [s.path for s in catalog.train + catalog.test]
-    changed = []
-    for path, now in zip(paths, file_stats(catalog.root, paths), strict=True):
-        verdict = rows[stored(path)].verdict
-        if verdict.size >= 0 and now != (verdict.size, verdict.mtime):
-            changed.append(path)
+    before = np.stack([rows[key].to_numpy() for key in ("size", "mtime")], 1)
+    differs = (file_stats(catalog.root, paths) != before).any(1) & (before[:, 0] >= 0)
+    changed = [paths[i] for i in differs.nonzero()[0]]
     unread = [
-        path
-        for path in paths
-        if rows[stored(path)].verdict.state == UNREADABLE
-        and os.access(catalog.root / path, os.R_OK)
+        paths[i]
+        for i in _in_state(rows, UNREADABLE).nonzero()[0]
+        if os.access(catalog.root / paths[i], os.R_OK)
     ]
     reasons = [(changed, "changed"), (unread, "could not be read then and can be now")]
     if any(found for found, _ in reasons):
@@ -162,29 +222,35 @@ def _unfit(name: str, file: Path, options: list[str], reasons: list[str]) -> Unf
     )
 
 
+def _in_state(rows: pa.Table, state: str) -> NDArray[np.bool_]:
+    """Which rows are in it: shape (rows,)."""
+    return np.asarray(pc.equal(rows["state"], state))
+
+
 def _without_unusable(
-    catalog: Catalog, rows: Mapping[str, Row], section: DatasetSection
+    catalog: Catalog, rows: pa.Table, section: DatasetSection, timelines: bool
 ) -> Indexed:
     unusable: dict[str, str] = {}
 
-    def usable(split: str, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
-        found = []
-        for sample in samples:
-            verdict = rows[stored(sample.path)].verdict
-            if verdict.state == USABLE:
-                found.append(sample._replace(video=video_facts(verdict)))
-            else:
-                unusable[sample.path] = verdict.reason
-        if not found:
+    def usable(split: str, samples: tuple[Sample, ...], rows: pa.Table) -> tuple[Sample, ...]:
+        fine = _in_state(rows, USABLE)
+        bad = (~fine).nonzero()[0]
+        reasons = rows["reason"].take(pa.array(bad)).to_pylist()
+        unusable.update(zip((samples[i].path for i in bad), reasons, strict=True))
+        if not fine.any():
             first = samples[0].path
             raise DataMissing(
                 f'{catalog.name}: no usable file in the split "{split}" of {catalog.root}: '
                 f"{len(samples)} are unusable (first: {first}: {unusable[first]})"
             )
-        return tuple(found)
+        if timelines:
+            facts = map(video_facts, read_verdicts(rows))
+            samples = tuple(s._replace(video=f) for s, f in zip(samples, facts, strict=True))
+        return tuple(compress(samples, fine))
 
-    train = usable(section.train_split, catalog.train)
-    test = usable(section.test_split, catalog.test)
+    count = len(catalog.train)
+    train = usable(section.train_split, catalog.train, rows.slice(0, count))
+    test = usable(section.test_split, catalog.test, rows.slice(count))
     return Indexed(replace(catalog, train=train, test=test), unusable)
 
 

@@ -9,6 +9,7 @@ never been killed.
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import sys
 import time
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from vimnas_ds.config import DatasetSection
@@ -33,14 +36,16 @@ from vimnas_ds.data.index_file import (
     stored,
     write_rows,
 )
-from vimnas_ds.data.listing import Sample
-from vimnas_ds.data.probe import MISSING, UNREADABLE, Verdict
+from vimnas_ds.data.listing import ABSENT, Sample
+from vimnas_ds.data.probe import MISSING, UNREADABLE, USABLE, Verdict
 from vimnas_ds.data.probe_pool import ProbeLimits, probe_files
 
 #: Headers of so few images are read in this process: starting others would take longer.
 FEW_IMAGES = 4000
 #: Seconds, and files, between two parts.
 PART_SECONDS, PART_FILES = 30.0, 20_000
+#: Files whose size and time one thread asks for in a row.
+STATS = 1000
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class Built:
     probed: int
     kept: int
     seconds: float
+
+    def unusable(self) -> dict[str, str]:
+        """What is wrong with each file that is there and cannot be used, by path."""
+        fine = (USABLE, MISSING)
+        return {r.path: r.verdict.reason for r in self.rows if r.verdict.state not in fine}
 
 
 def build_index(
@@ -74,7 +84,7 @@ def build_index(
 
     Raises:
         DataMissing, BadAnnotations: as `scan_dataset`; DataMissing also if `file` cannot be
-            written.
+            written or no probing process be started.
     """
     started = time.monotonic()
     catalog = scan_dataset(name, section)
@@ -96,61 +106,64 @@ def build_index(
     verdicts = _unchanged(root, paths, known)
     left = [path for path in paths if path not in verdicts]
     kept = len(verdicts)
-    try:
+    with _written(file):
         parts.mkdir(parents=True, exist_ok=True)
-        if section.is_image and not limits.thorough and len(left) <= FEW_IMAGES:
-            limits = limits._replace(workers=0)
-        parted = _Parts(parts, header)
-        probing = probe_files(root, left, section.is_image, limits)
-        bar = tqdm(
-            probing,
-            desc=f"index {name}",
-            total=len(paths),
-            initial=kept,
-            unit="file",
-            disable=not show or not left,
-            mininterval=0.5,
-            dynamic_ncols=True,
+    if section.is_image and not limits.thorough and len(left) <= FEW_IMAGES:
+        limits = limits._replace(workers=0)
+    parted = _Parts(parts, header)
+    probing = probe_files(root, left, section.is_image, limits)
+    bar = tqdm(
+        probing,
+        desc=f"index {name}",
+        total=len(paths),
+        initial=kept,
+        unit="file",
+        disable=not show or not left,
+        mininterval=0.5,
+        dynamic_ncols=True,
+    )
+    try:
+        for path, verdict in bar:
+            verdicts[path] = verdict
+            parted.add(path, verdict)
+    finally:
+        probing.close()
+        parted.write()
+    rows = [
+        Row(
+            sample.path,
+            split,
+            sample.label,
+            verdicts[sample.path] if there else Verdict(MISSING, ABSENT),
         )
-        try:
-            for path, verdict in bar:
-                verdicts[path] = verdict
-                parted.add(path, verdict)
-        finally:
-            probing.close()
-            parted.write()
-        rows = [
-            Row(
-                sample.path,
-                split,
-                sample.label,
-                verdicts[sample.path] if there else Verdict(MISSING, "not on the disk"),
-            )
-            for split, sample, there in chosen
-        ]
+        for split, sample, there in chosen
+    ]
+    with _written(file):
         write_rows(file, header, rows)
-        shutil.rmtree(parts, ignore_errors=True)
-    except OSError as error:
-        raise DataMissing(
-            f"{name}: cannot write the index {file}: {error.strerror}; set vimnas.data.index_dir "
-            "to a folder that can be written"
-        ) from error
+    shutil.rmtree(parts, ignore_errors=True)
     return Built(header, catalog, rows, len(left), kept, time.monotonic() - started)
 
 
+REMEDY = "set vimnas.data.index_dir to a folder that can be written"
+
+
 @contextmanager
-def locked(
-    file: Path, remedy: str = "set vimnas.data.index_dir to a folder that can be written"
-) -> Iterator[None]:
+def _written(file: Path, remedy: str = REMEDY) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataMissing(f"cannot write {file}: {error.strerror or error}; {remedy}") from error
+
+
+@contextmanager
+def locked(file: Path, remedy: str = REMEDY) -> Iterator[None]:
     """One process at a time works at `file`; the others wait here.
 
     Raises DataMissing, with what helps, if the folder cannot be written.
     """
-    try:
+    with _written(lock_file := file.with_name(file.name + ".lock"), remedy):
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.with_name(file.name + ".lock").open("w")
-    except OSError as error:
-        raise DataMissing(f"cannot write in {file.parent}: {error.strerror}; {remedy}") from error
+        lock = lock_file.open("w")
     with lock:
         begun, said = time.monotonic(), False
         while True:
@@ -186,7 +199,9 @@ class _Parts:
 
     def write(self) -> None:
         if self._rows:
-            write_rows(self._folder / f"{self._next:06d}.parquet", self._header, self._rows)
+            file = self._folder / f"{self._next:06d}.parquet"
+            with _written(file):
+                write_rows(file, self._header, self._rows)
             self._next += 1
             self._rows = []
         self._since = time.monotonic()
@@ -212,28 +227,30 @@ def _known(files: Sequence[Path], header: Header) -> dict[str, Verdict]:
 def _unchanged(root: Path, paths: Sequence[str], known: dict[str, Verdict]) -> dict[str, Verdict]:
     """The verdicts of files whose size and time are as they were."""
     candidates = [(path, known[key]) for path in paths if (key := stored(path)) in known]
-    current = file_stats(root, [path for path, _ in candidates])
+    current = file_stats(root, [path for path, _ in candidates]).tolist()
     return {
         path: verdict
         for (path, verdict), now in zip(candidates, current, strict=True)
-        if now == (verdict.size, verdict.mtime)
+        if now == [verdict.size, verdict.mtime]
     }
 
 
-def file_stats(root: Path, paths: Sequence[str]) -> list[tuple[int, int] | None]:
-    """(size in bytes, time of the last change in ns) of each file; None if it cannot be asked."""
+def file_stats(root: Path, paths: Sequence[str]) -> NDArray[np.int64]:
+    """(size in bytes, time of the last change in ns) of each file: shape (files, 2); -1 where it
+    cannot be asked."""
+    found = np.full((len(paths), 2), -1, np.int64)
 
-    def ask(path: str) -> tuple[int, int] | None:
-        try:
-            status = (root / path).stat()
-        except OSError:
-            return None
-        return status.st_size, status.st_mtime_ns
+    def ask(begin: int) -> None:
+        for i in range(begin, min(begin + STATS, len(paths))):
+            try:
+                status = os.stat(f"{root}/{paths[i]}")  # noqa: PTH116 (a Path a file is slow)
+            except OSError:
+                continue
+            found[i] = status.st_size, status.st_mtime_ns
 
-    if len(paths) < 2000:
-        return [ask(path) for path in paths]
     with ThreadPoolExecutor(16) as pool:  # network file systems answer many at once
-        return list(pool.map(ask, paths, chunksize=256))
+        list(pool.map(ask, range(0, len(paths), STATS)))
+    return found
 
 
 def _thin_out(

@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ SCHEMA = pa.schema(
         ("tick_num", pa.int64()),
         ("tick_den", pa.int64()),
         ("first_tick", pa.int64()),
-        ("deltas", pa.list_(pa.int32())),
+        ("deltas", pa.large_list(pa.int32())),  # in all, more than 2^31 timestamps are possible
     ]
 )
 _TICKS = ("tick_num", "tick_den", "first_tick", "frames")
@@ -162,40 +163,53 @@ def read_header(file: Path) -> Header:
     return Header(**values)
 
 
+def read_table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows as Arrow columns, in the order of `listed`; all of them, or those that are named.
+
+    Raises UnfitIndex if the file is damaged.
+    """
+    with _damage_in_words(file):
+        return pq.read_table(file, columns=None if columns is None else list(columns))
+
+
 def read_rows(file: Path) -> Iterator[Row]:
     """Every row, in the file's order. Raises UnfitIndex if the file is damaged."""
-    with _damage_in_words(file):
-        table = pq.read_table(file).combine_chunks()
-    columns = {name: table[name].to_pylist() for name in table.column_names if name != "deltas"}
-    deltas = table["deltas"].combine_chunks() if len(table) else pa.array([], SCHEMA[-1].type)
-    flat = deltas.values.to_numpy(zero_copy_only=False).astype(np.int32)
-    offsets = deltas.offsets.to_pylist()
-    values = zip(*(columns[key] for key in _VERDICT), strict=True)
-    for i, found in enumerate(values):
-        timeline = None
-        if columns["frames"][i] is not None:
-            numbers = [columns[key][i] for key in _TICKS]
-            packed = flat[offsets[i] : offsets[i + 1]].tobytes()
-            timeline = Timeline._make([*numbers, packed])
-        verdict = Verdict(*found)
-        if timeline is not None:
-            verdict = replace(verdict, timeline=timeline, duration=columns["duration"][i])
-        yield Row(columns["path"][i], columns["split"][i], columns["label"][i], verdict)
+    table = read_table(file)
+    path, split, label = (table[name].to_pylist() for name in ("path", "split", "label"))
+    yield from map(Row, path, split, label, read_verdicts(table))
+
+
+def read_verdicts(table: pa.Table) -> Iterator[Verdict]:
+    """The verdict of every row of a table that has all columns."""
+    for batch in table.to_batches(max_chunksize=1 << 14):  # few objects at a time
+        values = [batch[key].to_pylist() for key in _VERDICT]
+        yield from map(Verdict, *values, _timelines(batch), batch["duration"].to_pylist())
+
+
+def _timelines(batch: pa.RecordBatch) -> Iterator[Timeline | None]:
+    ticks = zip(*(batch[key].to_pylist() for key in _TICKS), strict=True)
+    deltas = batch["deltas"]
+    flat, offsets = deltas.values.to_numpy(zero_copy_only=False), deltas.offsets.to_pylist()
+    for (num, den, first, frames), (begin, end) in zip(ticks, pairwise(offsets), strict=True):
+        packed = flat[begin:end].tobytes()
+        yield None if frames is None else Timeline(num, den, first, frames, packed)
 
 
 def _lists(deltas: Iterable[bytes]) -> pa.Array:
     parts = [np.frombuffer(d, np.int32) for d in deltas]
     offsets = np.cumsum([0, *map(len, parts)])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError("more than 2^31 timestamps in one index")
     flat = np.concatenate(parts) if parts else np.empty(0, np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, pa.int32()))
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat, pa.int32()))
 
 
 @contextlib.contextmanager
 def _damage_in_words(file: Path) -> Iterator[None]:
     try:
         yield
+    except PermissionError as error:
+        raise UnfitIndex(
+            f"cannot read the index {file} (Permission denied); give this user the right to read it"
+        ) from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UnfitIndex(
             f"cannot read the index {file} ({str(error).splitlines()[0]}); delete it, and the next "

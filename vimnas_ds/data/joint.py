@@ -17,22 +17,25 @@ from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, scan_dataset
 from vimnas_ds.data.footprint import sample_bytes
 from vimnas_ds.data.index import open_index
+from vimnas_ds.data.listing import ABSENT
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.readers import Readers
-from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog
+from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog, with_bare_ids
 from vimnas_ds.processes import cores_per_process
 
 
 @dataclass(frozen=True)
 class JointData:
     """What a run reads: catalogs (of usable files), the four splits of each dataset, videos dropped
-    as overlap, and by dataset and path what is wrong with the unusable files."""
+    as overlap, and by dataset and path what is wrong with the unusable files; `untested` are those
+    of the official test list, and its files that are not on the disk."""
 
     section: DataSection
     catalogs: dict[str, Catalog]
     splits: dict[str, Splits]
     dropped: dict[str, int]
     unusable: dict[str, dict[str, str]] = field(default_factory=dict)
+    untested: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -68,12 +71,15 @@ class JointData:
         return lines
 
 
-def open_datasets(section: DataSection, build: bool = True) -> JointData:
+def open_datasets(
+    section: DataSection, build: bool = True, check: bool = True, gpu: bool = False
+) -> JointData:
     """Find and split every dataset, by its index (see `index`).
 
     Args:
         build: make the indexes that are not there; without it (a dry run) such datasets are taken
             as they are listed.
+        check, gpu: see `open_index`.
 
     Raises DataMissing with one line for each dataset that is not there, ValueError for
     annotations, classes or indexes that do not fit.
@@ -81,19 +87,27 @@ def open_datasets(section: DataSection, build: bool = True) -> JointData:
     listed, missing = {}, []
     for name, dataset in section.datasets.items():
         try:
-            listed[name] = scan_dataset(name, dataset)
+            catalog = scan_dataset(name, dataset)
+            listed[name] = catalog if dataset.is_image else with_bare_ids(catalog)
         except DataMissing as error:
             missing.append(str(error))
     if missing:
         raise DataMissing("\n".join(missing))
-    indexed = {name: open_index(name, c, section, build) for name, c in listed.items()}
+    indexed = {name: open_index(name, c, section, build, check, gpu) for name, c in listed.items()}
     splits, dropped = drop_overlap(
         {name: split_catalog(one.catalog, section.held_out) for name, one in indexed.items()},
         listed,
     )
     catalogs = {name: one.catalog for name, one in indexed.items()}
     unusable = {name: dict(one.unusable) for name, one in indexed.items()}
-    return JointData(section, catalogs, splits, dropped, unusable)
+    untested = {name: _untested(listed[name], unusable[name]) for name in listed}
+    return JointData(section, catalogs, splits, dropped, unusable, untested)
+
+
+def _untested(listed: Catalog, unusable: Mapping[str, str]) -> dict[str, str]:
+    """Why files of the official test list cannot be scored."""
+    found = {s.path: unusable[s.path] for s in listed.test if s.path in unusable}
+    return found | dict.fromkeys((s.path for s in listed.absent_test), ABSENT)
 
 
 class Loaders:

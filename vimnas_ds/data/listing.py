@@ -11,6 +11,8 @@ from typing import NamedTuple
 from vimnas_ds.data.bad import BadAnnotations, DataMissing
 from vimnas_ds.data.timeline import Timeline
 
+#: What is wrong with an annotated file that is not there.
+ABSENT = "not on the disk"
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff .gif".split())
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .webm .mkv .avi .mov .m4v .mpg .mpeg .wmv .flv .3gp .ts .ogv".split()

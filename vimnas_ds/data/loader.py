@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from vimnas_ds.config import DatasetSection
-from vimnas_ds.data.bad import BadFile, TooManyBadFiles, kind_of
+from vimnas_ds.data.bad import BadFile, TooManyBadFiles, are_too_many, kind_of
 from vimnas_ds.data.batches import Batch, Graphs, Made, Ready, hand_over, source_of
 from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.order import Stream, locate
@@ -30,8 +30,6 @@ __all__ = ["Batch", "EvalLoader", "TrainLoader", "View"]
 
 #: Files tried for one place of a batch before the dataset counts as broken.
 MAX_TRIES = 16
-#: Samples seen before the share of bad ones is judged.
-MIN_SEEN = 50
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ class TrainLoader:
             if one.failures:
                 self.bad_count += 1
                 self.reasons[kind_of(next(iter(one.failures.values())))] += 1
-        too_many = self.bad_count > self._max_bad_share * self.seen and self.seen >= MIN_SEEN
+        too_many = are_too_many(self.bad_count, self.seen, self._max_bad_share)
         if too_many or made.batch is None or len(made.batch.names) < len(made.ready):
             raise TooManyBadFiles(
                 self.name, self.bad_count, self.seen, self.substitutions, self._section.folder

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import NamedTuple
 
+from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.probe import UNREADABLE, UNUSABLE, Verdict, probe_file
 from vimnas_ds.data.probe_worker import READY, decode_verdict
 
@@ -46,7 +47,7 @@ def probe_files(
     With `limits.workers` 0 it happens in this process, for headers of a few images only.
 
     Raises:
-        RuntimeError: a process cannot be started at all.
+        DataMissing: a process cannot be started at all.
     """
     if limits.workers == 0:
         yield from ((path, probe_file(root / path, is_image, limits.thorough)) for path in paths)
@@ -121,7 +122,11 @@ class _Worker:
         elif time.monotonic() - self.since > (limits.seconds if self.started else STARTUP):
             self.alive = False
             if not self.started:
-                raise RuntimeError(f"a probing process did not start in {STARTUP:.0f} s")
+                raise DataMissing(
+                    f"a probing process did not start in {STARTUP:.0f} s on this busy machine; try "
+                    "again later, or with fewer of them (vimnas.data.workers, or --workers of "
+                    "scripts/index_data.py)"
+                )
             verdict = Verdict(UNREADABLE, "probing took longer than the time limit")
         else:
             return None
@@ -133,7 +138,10 @@ class _Worker:
         self.alive = False
         code = self.process.wait()
         if not self.started:
-            raise RuntimeError(f"a probing process ended with code {code} before it had started")
+            raise DataMissing(
+                f"a probing process ended with code {code} before it had started; what it said "
+                "stands above"
+            )
 
     def stop(self) -> None:
         self.requests.close()
@@ -147,6 +155,13 @@ STARTUP = 60.0
 
 
 def _start(is_image: bool, limits: ProbeLimits) -> _Worker:
+    try:
+        return _started(is_image, limits)
+    except OSError as error:
+        raise DataMissing(f"cannot start a probing process: {error}") from error
+
+
+def _started(is_image: bool, limits: ProbeLimits) -> _Worker:
     take, requests = Pipe(duplex=False)
     answers, give = Pipe(duplex=False)
     paths = [str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -13,8 +13,15 @@ from vimnas_ds.data.kinetics import COLUMNS, is_kinetics
 def recognise_layout(annotations: Path) -> str:
     """The layout that `annotations`, a file or folder, is the key of.
 
-    Raises DataMissing if it is not there or a folder without anything known.
+    Raises DataMissing if it is not there, cannot be read or is a folder without anything known.
     """
+    try:
+        return _recognise(annotations)
+    except OSError as error:
+        raise DataMissing(f"cannot read {annotations}: {error.strerror}") from error
+
+
+def _recognise(annotations: Path) -> str:
     if annotations.is_dir():
         if (annotations / "labels.json").is_file():
             return "ssv2"

@@ -9,10 +9,16 @@ ranks become `alpha`, the last ones `select`, what lies between is trained on:
 A file's place thus depends on nothing but its rank in its class: a file added later moves at most
 one neighbour over each border and never swaps a file between `alpha` and `select`.
 
-Kinetics-400 and -600 share videos. A video with a YouTube id (by its name, or by the annotations)
-is ranked by it, and `drop_overlap` keeps every id out of what is trained on wherever it is held out
-or tested on, in any dataset: an id stays in the most protected split it is in (test, select, alpha,
-train). A validation list protects all its ids, also of files that are missing or unusable.
+Kinetics-400 and -600 share videos. A video with a YouTube id is ranked by it, and `drop_overlap`
+keeps every id out of what is trained on wherever it is held out or tested on, in any dataset: an id
+stays in the most protected split it is in (test, select, alpha, train). A validation list protects
+all its ids, also of files that are missing or unusable.
+
+An id comes from the annotations, from a file named ID_START_END, or from one named ID alone. The
+last says little by itself: a name of eleven characters may be a counter. An id's 64 bits leave four
+to its last character, which is one of sixteen, and so few of any other scheme's names can be ids.
+Names are therefore believed to be bare ids only in a video dataset nine tenths of whose training
+files are named by ids of either form; SSV2's numbers, too short, never are.
 """
 
 from __future__ import annotations
@@ -20,12 +26,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from vimnas_ds.data.bad import BadAnnotations
 from vimnas_ds.data.catalog import Catalog, Sample
 
 YOUTUBE_FILE = re.compile(r"(?P<id>.{11})_\d+_\d+")
+YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{10}[AEIMQUYcgkosw048]")
+#: Share of the training files that must be named by ids before bare ids are believed.
+NAMED_BY_ID = 0.9
 
 
 def split_catalog(catalog: Catalog, held_out: float) -> dict[str, list[Sample]]:
@@ -120,9 +130,29 @@ def validation_ids(catalog: Catalog) -> set[str]:
     return {i for s in listed if (i := youtube_id(s.path, catalog.video_ids)) is not None}
 
 
+def with_bare_ids(catalog: Catalog) -> Catalog:
+    """A video dataset's catalog with the ids of files named ID.mp4, where they are believed."""
+
+    def bare(samples: Iterable[Sample]) -> dict[str, str]:
+        names = ((s.path, _stem(s.path)) for s in samples)
+        return {path: stem for path, stem in names if YOUTUBE_ID.fullmatch(stem)}
+
+    training = catalog.train + catalog.absent_train
+    found = bare(training)
+    named = len(found) + sum(YOUTUBE_FILE.fullmatch(_stem(s.path)) is not None for s in training)
+    if named < NAMED_BY_ID * len(training):
+        return catalog
+    found |= bare(catalog.test + catalog.absent_test)
+    return replace(catalog, video_ids=found | dict(catalog.video_ids))
+
+
 def youtube_id(path: str, known: Mapping[str, str]) -> str | None:
-    """A video's id: from the annotations, or from a file named like Kinetics, ID_START_END.mp4."""
+    """A video's id: one that is known, or from a file named like Kinetics, ID_START_END.mp4."""
     if path in known:
         return known[path]
-    match = YOUTUBE_FILE.fullmatch(path.rpartition("/")[2].rpartition(".")[0])
+    match = YOUTUBE_FILE.fullmatch(_stem(path))
     return match["id"] if match else None
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].rpartition(".")[0]

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from vimnas_ds.export import ExportError
 from vimnas_ds.search.objective import parse_objective
 from vimnas_ds.search.run import SearchRun, TrainedNetwork
 from vimnas_ds.search.scoring import EvaluationLog, Evaluations
-from vimnas_ds.train.ranks import RanksDisagree
+from vimnas_ds.train.ranks import CannotStart, RanksDisagree
 
 
 def build_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -102,11 +103,17 @@ def check_samples(count: int | None) -> None:
         raise ConfigError(f"--samples must be at least 1, got {count}")
 
 
+#: Files that are named of each dataset: the results name all of them.
+NAMED = 20
+
+
 def say_left_out(left_out: Mapping[str, Mapping[str, str]]) -> None:
-    """Name unusable files on stderr."""
+    """Name the files that were left out on stderr, the first of each dataset."""
     for name, reasons in left_out.items():
-        for path, reason in reasons.items():
+        for path, reason in islice(reasons.items(), NAMED):
             print(f"left out: {name}: {path}: {reason}", file=sys.stderr)  # noqa: T201
+        if len(reasons) > NAMED:
+            print(f"left out: {name}: and {len(reasons) - NAMED:,} more", file=sys.stderr)  # noqa: T201
 
 
 class Progress:
@@ -133,6 +140,7 @@ _MENDABLE = (
     BadFile,
     TooManyBadFiles,
     ExportError,
+    CannotStart,
     RanksDisagree,
     OSError,
 )

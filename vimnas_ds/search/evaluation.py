@@ -8,8 +8,9 @@
       "datasets": {NAME: {
         "classes": ["...", ...],                     by class number: the head's outputs
         "clips": 4, "crops": 3,
-        "samples": files listed, "count": files scored,
-        "skipped": {FILE: reason}}},                 samples = count + those in "skipped"
+        "samples": files of the split's list (test: the official one), "count": files scored,
+        "skipped": {FILE: reason}}},                 samples = count + those in "skipped": broken
+                                                     files and those that are not on the disk
       "archs": {LABEL: {
         "arch": {...},                               as in arch.json
         "datasets": {NAME: {
@@ -28,11 +29,13 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vimnas_ds.confusion import class_labels
+from vimnas_ds.data.bad import kind_of
 from vimnas_ds.search.multiview import MultiViewEvaluator, ViewScore
 from vimnas_ds.search.run import SearchRun
 from vimnas_ds.space import Arch
@@ -78,6 +81,20 @@ def evaluation_object(
             for label, arch in archs.items()
         },
     }
+
+
+def describe_skipped(found: Mapping[str, Any]) -> list[str]:
+    """One line for each dataset of an evaluation of which not all files are scored."""
+    lines = []
+    for name, dataset in found["datasets"].items():
+        reasons = Counter(map(kind_of, dataset["skipped"].values()))
+        if reasons:
+            why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+            lines.append(
+                f"{name}: {reasons.total():,} of {dataset['samples']:,} {found['split']} files not "
+                f"scored ({why})"
+            )
+    return lines
 
 
 def run_classes(run: SearchRun, dataset: str) -> list[str]:

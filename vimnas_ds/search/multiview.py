@@ -63,7 +63,8 @@ class MultiViewEvaluator:
         placement, stride: see `ViewPlan`.
 
     Attributes:
-        skipped: dataset -> unusable file -> reason, of all ranks, sorted by file.
+        skipped: dataset -> file that is not scored -> reason, of all ranks, sorted by file: those
+            that could not be read, those that the index says are unusable, those not on the disk.
     """
 
     def __init__(
@@ -89,9 +90,17 @@ class MultiViewEvaluator:
     def plan(self, dataset: str) -> ViewPlan:
         return self._plans[dataset]
 
-    def num_samples(self, dataset: str, split: str) -> int:
-        """Files listed, usable or not."""
+    def num_files(self, dataset: str, split: str) -> int:
+        """Files that are read."""
         return len(self.run.data.splits[dataset][split])
+
+    def num_samples(self, dataset: str, split: str) -> int:
+        """Files of the split's list: of the official one for "test", on the disk or not."""
+        return self.num_files(dataset, split) + len(self._unread(dataset, split))
+
+    def _unread(self, dataset: str, split: str) -> dict[str, str]:
+        """Files of the split's list that are not even tried, and why."""
+        return self.run.data.untested[dataset] if split == "test" else {}
 
     @torch.no_grad()
     def scores(
@@ -136,11 +145,13 @@ class MultiViewEvaluator:
         finally:
             loader.close()
         progress(loader.seen - done)
-        self._gather_skipped(dataset, loader.skipped)
+        self._gather_skipped(dataset, self._unread(dataset, split) | loader.skipped)
         for confusion in found.values():
             self._sum(confusion)
         if not next(iter(found.values())).count:
             raise DataMissing(f"{dataset}: no file of the {split} split could be read")
+        expected, skipped = self.num_samples(dataset, split), len(self.skipped[dataset])
+        assert all(c.count + skipped == expected for c in found.values())
         return {label: ViewScore(confusion, plan) for label, confusion in found.items()}
 
     def _mean_softmax(self, forward: Forward, views: ViewBatch, batch: int, label: str) -> Tensor:
@@ -165,8 +176,7 @@ class MultiViewEvaluator:
 
     def _gather_skipped(self, dataset: str, mine: dict[str, str]) -> None:
         parts = gather_objects(mine) if self.run.ranks.world_size > 1 else [mine]
-        found = self.skipped.setdefault(dataset, {})
-        found |= dict(sorted(item for part in parts for item in part.items()))
+        self.skipped[dataset] = dict(sorted(item for part in parts for item in part.items()))
 
     def close(self) -> None:
         self._pool.shutdown()

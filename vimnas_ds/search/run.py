@@ -19,11 +19,18 @@ from safetensors.torch import load_file
 
 from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.data.catalog import Sample
-from vimnas_ds.data.joint import JointData, Loaders, open_datasets
+from vimnas_ds.data.joint import JointData, Loaders
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.train.engine import build_supernet
 from vimnas_ds.train.evaluate import Evaluator
-from vimnas_ds.train.ranks import Ranks, check_agreement, gather_objects, settle_on_cpu
+from vimnas_ds.train.open_data import open_data
+from vimnas_ds.train.ranks import (
+    Ranks,
+    check_agreement,
+    gather_objects,
+    run_together,
+    settle_on_cpu,
+)
 from vimnas_ds.train.run_files import (
     ALPHAS_FILE,
     POSITION_FILE,
@@ -142,12 +149,12 @@ def open_run(
 ) -> SearchRun:
     """Open a checkpoint with its data; `samples` bounds every `select` split (see `thin_out`).
 
-    Raises DataMissing, ConfigError, CheckpointError, or RanksDisagree when the ranks see different
-    files.
+    Raises DataMissing, ConfigError, CheckpointError, CannotStart where another rank did, or
+    RanksDisagree when the ranks see different files.
     """
-    network = open_network(checkpoint, ranks, overrides)
+    network = run_together(lambda: open_network(checkpoint, ranks, overrides), ranks)
     section, path = network.config.vimnas, network.checkpoint
-    data = open_datasets(section.data)
+    data = open_data(section.data, ranks, network.files.config)
     check_agreement(data.fingerprint(), "the lists of data files", ranks)
     if samples is not None:
         for parts in data.splits.values():

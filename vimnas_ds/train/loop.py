@@ -30,7 +30,7 @@ from vimnas_ds.train.evaluate import Evaluator, Score
 from vimnas_ds.train.faults import FaultReport
 from vimnas_ds.train.meters import ChoiceCounts, Interval, Meters
 from vimnas_ds.train.plan import coming_batches
-from vimnas_ds.train.ranks import Ranks, check_agreement
+from vimnas_ds.train.ranks import Ranks, check_agreement, run_together
 from vimnas_ds.train.run_files import RunFiles, check_same_network, claim_folder
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
 from vimnas_ds.train.step import WeightStepper
@@ -59,7 +59,9 @@ class Trainer:
         self.schedule = Schedule.build(config, data.sizes)
         self.micro_batch = config.micro_batch(ranks.world_size)
         net = build_supernet(config)
-        warm_report = start_weights(net, config) if checkpoint is None else []
+        warm_report = []
+        if checkpoint is None:
+            warm_report = run_together(lambda: start_weights(net, config), ranks)
         self.engine = build_engine(config, ranks, net)
         space = section.search_space
         self.learner = AlphaLearner(space, section.alpha, section.seed, ranks)

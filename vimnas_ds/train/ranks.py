@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from vimnas_ds.processes import cores_per_process, keep_freed_memory
 
 _CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,53 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+class CannotStart(RuntimeError):
+    """What other ranks cannot start with, in their words."""
+
+
+def run_together(part: Callable[[], T], ranks: Ranks) -> T:
+    """part() on every rank; where it fails on one, no rank goes on.
+
+    Ranks wait for the slowest as long as SEARCH_TIMEOUT, whatever the group's timeout is: one may
+    be building an index for hours. Therefore no collective is used, but the store they met in.
+
+    Raises what part() raises here, else CannotStart with what it raised elsewhere, and where.
+    """
+    if ranks.world_size == 1:
+        return part()
+    error: Exception | None = None
+    try:
+        value = part()
+    except Exception as err:
+        error = err
+    problems = _exchange("" if error is None else str(error) or repr(error), ranks)
+    if error is not None:
+        raise error
+    found = {problem: rank for rank, problem in reversed([*enumerate(problems)]) if problem}
+    if found:
+        raise CannotStart("\n".join(f"rank {rank}: {problem}" for problem, rank in found.items()))
+    return value
+
+
+_exchanges = itertools.count()
+
+
+def _exchange(mine: str, ranks: Ranks) -> list[str]:
+    """One text of every rank, in rank order."""
+    store, number = dist.distributed_c10d._get_default_store(), next(_exchanges)
+    texts, read = (
+        [f"{what}/{number}/{rank}" for rank in range(ranks.world_size)] for what in ("text", "read")
+    )
+    timeout = datetime.timedelta(minutes=SEARCH_TIMEOUT)
+    store.set(texts[ranks.rank], mine)
+    store.wait(texts, timeout)
+    found = [store.get(key).decode() for key in texts]
+    store.set(read[ranks.rank], "")
+    if ranks.is_main:  # the store may end with this process
+        store.wait(read, timeout)
+    return found
 
 
 class RanksDisagree(RuntimeError):
