@@ -195,11 +195,11 @@ def test_nothing_is_built_once_the_plan_is_followed(
     monkeypatch.setattr(Graph, "build", build)
     loaders = Loaders(joint, 7, 0, 1, CPU)
     loaders.follow(plan, SIZES)
-    assert len(built) == 4  # two datasets, two splits
+    assert len(built) == 2 * (2 + 1)  # of each split: two for pictures, one for clips
     for wanted in plan:
         loaders.batch(wanted.dataset, wanted.split, SIZES[wanted.split], wanted.number)
     loaders.close()
-    assert len(built) == 4
+    assert len(built) == 6
 
 
 def test_who_is_slower_than_the_loader_does_not_wait(joint: JointData) -> None:
@@ -367,7 +367,7 @@ def test_a_disk_that_is_gone_ends_the_run_and_the_shutdown_in_time(
     with pytest.raises(BlockedFiles, match=r"vimnas\.data\.file_timeout\)[\s\S]*pictures/\d\.jpg"):
         short.batch("pictures", "train", 4, 0)
     assert closes(short)
-    endless = loaders(3600)
+    endless = loaders(480)
     endless.follow([Wanted("pictures", "train", 0)], SIZES)
     while sum(disk.calls.values()) < 6:  # both threads are blocked, and `Ahead` waits for them
         time.sleep(0.01)

@@ -439,11 +439,11 @@ def test_a_file_that_dali_refuses_is_found_and_goes_the_other_way_from_then_on(
 ) -> None:
     root, samples = images
     odd = {(root / name).read_bytes() for name in ("03.jpg", "07.jpg")}
-    run, train = Graph.run, FilePreparer.train
+    run, train = ImageGraph.run, FilePreparer.train
     runs: list[int] = []
     again: list[str] = []
 
-    def picky(self: Graph, feeds: Any) -> torch.Tensor:
+    def picky(self: ImageGraph, feeds: Any) -> torch.Tensor:
         runs.append(len(feeds))
         if any(feed["encoded"].tobytes() in odd for feed in feeds):
             raise GraphError("no such codec")
@@ -456,7 +456,7 @@ def test_a_file_that_dali_refuses_is_found_and_goes_the_other_way_from_then_on(
     plain = train_loader(section(root), samples, pool, global_batch=11, prefetch=0)
     expected = [plain.next() for _ in range(3)]
     monkeypatch.setattr(FilePreparer, "train", watched)
-    monkeypatch.setattr(Graph, "run", picky)
+    monkeypatch.setattr(ImageGraph, "run", picky)
     loader = train_loader(section(root), samples, pool, global_batch=11, prefetch=0)
     found = [loader.next() for _ in range(2)]
     assert runs[0] == 11
