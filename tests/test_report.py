@@ -372,9 +372,7 @@ def test_a_table_is_aligned_with_its_numbers_to_the_right() -> None:
 def test_drops_are_shown_with_their_margins_and_noise_is_called_so():
     rows = [
         DecisionRow("depth", {12: 0.031, 13: -0.004}, 12, 0.035, 0.011, ""),
-        DecisionRow(
-            "mlp_ratio[0]", {3: 0, 3.5: 0.002, 4: 0.001}, 3.5, 0.001, 0.006, "within noise"
-        ),
+        DecisionRow("mlp_ratio[0]", {3: 0, 3.5: 0.002, 4: 0.001}, 3.5, 0.001, 0.006, "noise"),
     ]
     heat, margins = drops_figure(rows).axes
     cells = [t.get_text() for t in heat.texts]
