@@ -26,9 +26,9 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     """Ranges of every resource, and what latency and memory are of."""
     group = parser.add_argument_group(
         "constraints",
-        "ranges HIGH or LOW:HIGH, repeatable, all must hold; DATASET: whose head and input counts,\n"
-        "by default the run's first. Ranges that hold no sub-network are answered with what can be\n"
-        "reached, exactly.",
+        "ranges HIGH or LOW:HIGH, repeatable, all must hold; DATASET: whose head and input it is\n"
+        "for, by default the run's first. Ranges that hold no sub-network are answered with what\n"
+        "can be reached, exactly.",
     )
     for name, text in RESOURCES.items():
         metavar = "[DATASET=][LOW:]HIGH"
