@@ -101,6 +101,7 @@ def search(args: argparse.Namespace) -> int:
     datasets, scorer = evaluations.datasets, ArchScorer(evaluations)
     evolution = Evolution(scorer, constraints, options, args.seed, against)
     most = options.population + (options.generations - 1) * (options.crossovers + options.mutations)
+    most = int(min(most, constraints.size))
     progress = Progress(most, name, ranks.world_size, ranks.is_main)
     history, front = [], dict[str, Any]()
     for generation in evolution.generations(progress):

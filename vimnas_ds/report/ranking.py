@@ -26,7 +26,13 @@ def ranking_figure(
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (name, inherited, alone) in zip(grid.flat, panels, strict=False):
         drawn = axes.scatter(
-            100 * inherited, 100 * alone, c=params / 1e6, cmap="viridis", s=34, edgecolors="black"
+            100 * inherited,
+            100 * alone,
+            c=params / 1e6,
+            cmap="viridis",
+            s=34,
+            edgecolors="black",
+            alpha=0.8,
         )
         axes.margins(0.12)
         axes.grid(alpha=0.3)

@@ -26,9 +26,9 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     """Ranges of every resource, and what latency and memory are of."""
     group = parser.add_argument_group(
         "constraints",
-        "ranges HIGH or LOW:HIGH, repeatable, all must hold. DATASET is whose head and input counts"
-        ": the run's first by default. Ranges that no sub-network is in are answered with what can "
-        "be reached, exactly.",
+        "ranges HIGH or LOW:HIGH, repeatable, all must hold; DATASET: whose head and input it is\n"
+        "for, by default the run's first. Ranges that hold no sub-network are answered with what\n"
+        "can be reached, exactly.",
     )
     for name, text in RESOURCES.items():
         metavar = "[DATASET=][LOW:]HIGH"
@@ -44,7 +44,8 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="on a CPU, threads that latency is measured with (default 1: whatever the ranks use)",
+        help="on a CPU, threads that latency is measured with, however many the ranks use (default "
+        "1: the processor time of that thread, without what other processes take)",
     )
 
 

@@ -83,11 +83,10 @@ def latency_table(run: SearchRun, dataset: str, batch: int, threads: int) -> Lat
 
     Raises ConfigError for a file that is none.
     """
-    table = None
+    path = run.files.root / "latency" / f"{dataset}_batch{batch}.json"
+    table = _read(path)  # by all ranks: a bad file ends all of them
     if run.ranks.is_main:
-        path = run.files.root / "latency" / f"{dataset}_batch{batch}.json"
         now = conditions(run.config, dataset, batch, threads, run.ranks.device, run.dtype)
-        table = _read(path)
         if table is None or table.conditions != now:
             table = measure(run.config, dataset, batch, threads, run.ranks.device, run.dtype)
             path.parent.mkdir(parents=True, exist_ok=True)
