@@ -3,48 +3,39 @@
     python scripts/demo.py                    (what `make demo` runs, on 2 ranks)
 
 Makes the demo data, trains the nano supernet with the deepspeed launcher, selects a sub-network by
-perturbation, evolves another under a parameter budget, takes random ones of the same size as
-controls, scores all of them on the test splits, exports the evolved one, loads it back and
-classifies a clip. About eight minutes on two CPU cores. One table, and RUN/summary.json with
-datasets.NAME.chance and datasets.NAME.picks.PICK.{top1, params, gflops} as fractions and 1e9 MACs.
+perturbation, evolves another under a parameter budget, puts both beside their controls on the test
+splits, exports the evolved one, loads it back and classifies a clip. About eight minutes on two CPU
+cores. Tables, and RUN/summary.json with datasets.NAME.chance and datasets.NAME.picks.PICK.{top1,
+params, gflops} as fractions and 1e9 MACs; "random": the mean of those of the evolved one's size.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import random
 import statistics
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import compare
 import evolve
 import export
 import make_demo_data
 import perturb_select
 
-from vimnas_ds.arch_file import read_arch
-from vimnas_ds.config import ConfigError
 from vimnas_ds.predict import classify
-from vimnas_ds.report.table import format_table
-from vimnas_ds.search.cli import Progress, run_script, say_left_out
-from vimnas_ds.search.constraints import Constraints, Range
-from vimnas_ds.search.evolve import sample_distinct
-from vimnas_ds.search.multiview import MultiViewEvaluator
+from vimnas_ds.search.cli import run_script
 from vimnas_ds.search.run import SearchRun, open_run
-from vimnas_ds.space import Arch
-from vimnas_ds.train.dry_run import cost_of
+from vimnas_ds.search.statistics import standard_error
 from vimnas_ds.train.ranks import start_ranks
 
 CONFIG = "ds_configs/demo.json"
 BUDGET = 180_000  # parameters, between the smallest (89k) and the largest (276k) sub-network
-CONTROLS = 5
+CONTROLS = 20  # random ones for each pick: so many are needed to tell that it beats them
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,9 +62,12 @@ def demo(args: argparse.Namespace) -> int:
     small = ["--population", "20", "--generations", "4", "--crossovers", "8", "--mutations", "8"]
     if evolve.main([*seed, "--params", str(BUDGET), *small]):
         return 2
+    say("both beside their controls on the test splits")
+    if compare.main([*seed, "--k", str(CONTROLS)]):
+        return 2
     opened = open_run(run, start_ranks(engine=False))
     try:
-        report(opened, args.seed)
+        summarise(opened)
         say("export, load back, classify")
         classify_one(opened, run / "export")
     finally:
@@ -97,84 +91,24 @@ def train(ranks: int) -> None:
         sys.exit(code)
 
 
-def choose(run: SearchRun, seed: int) -> tuple[dict[str, list[Arch]], str]:
-    """The picks, and in words how large the random ones are: within 5 % of the evolved one's
-    parameters and of its budget, or within more where there are too few."""
-    space, root = run.net.space, run.files.root
-    evolved = read_arch(root / "evolution" / "arch.json", space)
-    perturbed = read_arch(root / "perturbation" / "arch.json", space)
-    picks = {
-        "largest": [space.largest()],
-        "smallest": [space.smallest()],
-        "perturbation": [perturbed],
-        "evolution": [evolved],
-    }
-    first, rng = run.datasets[0], random.Random(f"{seed}/controls")
-    size = cost_of(run.config, evolved, first)[0]
-    for percent in (5, 10, 20, 40):
-        low, high = size * (1 - percent / 100), min(size * (1 + percent / 100), BUDGET)
-        alike = Constraints([Range("params", first, low, high)], run.config, space)
-        found = sample_distinct(alike, CONTROLS, [evolved, perturbed], rng)
-        if len(found) == CONTROLS:
-            break
-    if not found:
-        raise ConfigError(f"no other sub-network within 40 % of {size:,} parameters")
-    words = f"{len(found)} within {percent} % of the evolved one's {size:,} parameters"
-    return {**picks, "random": found}, words
-
-
-def report(run: SearchRun, seed: int) -> None:
-    """Score every pick on the test splits; print the table and write summary.json."""
-    picks, alike = choose(run, seed)
-    say("test splits")
-    evaluator = MultiViewEvaluator(run)
-    unique = list(dict.fromkeys(a for archs in picks.values() for a in archs))
-    total = sum(evaluator.num_files(name, "test") for name in run.datasets)
-    progress = Progress(total, "test", 1, True)
-    top1: dict[tuple[Arch, str], float] = {}
-    counts: dict[str, int] = {}
-    for name in run.datasets:
-        forwards = {a.to_json(): partial(run.net, arch=a, dataset=name) for a in unique}
-        scores = evaluator.scores(forwards, name, "test", progress)
-        for arch in unique:
-            score = scores[arch.to_json()]
-            top1[arch, name], counts[name] = score.top1, score.count
-    progress.close()
-    say_left_out(evaluator.skipped)
-    evaluator.close()
+def summarise(run: SearchRun) -> None:
+    """Puts the comparison's numbers into RUN/summary.json."""
+    found = json.loads((run.files.root / "compare" / "compare.json").read_text())
     datasets: dict[str, Any] = {}
-    rows = []
     for name in run.datasets:
+        picks: dict[str, Any] = {}
+        for entry in found["entries"]:
+            if entry["role"] != "random":
+                picks[entry["name"]] = {**entry["datasets"][name], "arch": entry["arch"]}
+        alike = [e["datasets"][name] for e in found["entries"] if e["like"] == "evolution"]
+        mean = {k: statistics.fmean(m[k] for m in alike) for k in ("top1", "params", "gflops")}
+        error = standard_error([m["top1"] for m in alike])
+        picks["random"] = {**mean, "top1_se": error, "k": len(alike)}
         chance = 1 / len(run.data.catalogs[name].class_names)
-        entry: dict[str, Any] = {"chance": chance, "test_samples": counts[name], "picks": {}}
-        for pick, archs in picks.items():
-            found = [top1[a, name] for a in archs]
-            costs = [cost_of(run.config, a, name) for a in archs]
-            entry["picks"][pick] = {
-                "top1": statistics.fmean(found),
-                "params": statistics.fmean(p for p, _ in costs),
-                "gflops": statistics.fmean(g for _, g in costs),
-                "k": len(archs),
-                "archs": [json.loads(a.to_json()) for a in archs],
-            }
-            shown = f"{statistics.fmean(found):.1%}"
-            if len(archs) > 1:
-                error = statistics.stdev(found) / math.sqrt(len(found))
-                entry["picks"][pick]["top1_se"] = error
-                shown += f" +- {error:.1%}"
-            pick_costs = entry["picks"][pick]
-            params, gflops = f"{pick_costs['params']:,.0f}", f"{pick_costs['gflops']:.4f}"
-            rows.append([name, f"{chance:.1%}", pick, shown, params, gflops])
-        datasets[name] = entry
-    files = run.files
-    summary = json.loads(files.summary.read_text())
+        datasets[name] = {"chance": chance, "picks": picks}
+    summary = json.loads(run.files.summary.read_text())
     summary["datasets"] = datasets
-    files.summary.write_text(json.dumps(summary, indent=2) + "\n")
-    print(format_table(["dataset", "chance", "pick", "top-1", "params", "GFLOPs"], rows))
-    print(
-        f"(test splits; random: mean and standard error of {alike}; GFLOPs: 1e9 "
-        "multiply-accumulates per input)"
-    )
+    run.files.summary.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def classify_one(run: SearchRun, folder: Path) -> None:
