@@ -37,7 +37,8 @@ class Skipper:
     """
 
     def __init__(self, stream: av.VideoStream, times: list[float]) -> None:
-        self._context, self._base, self._times = stream.codec_context, stream.time_base, times
+        self._context, self._times = stream.codec_context, times
+        self._base = float(stream.time_base or 0)
         self._stamps: list[float] = []  # of all packets read so far, ascending
         self.skipped = 0  #: packets that the decoder was told to pass over if it can
 
@@ -53,7 +54,7 @@ class Skipper:
         for packet in packets:
             ahead.append(packet)
             if packet.pts is not None and packet.size:
-                insort(self._stamps, packet.pts * float(self._base))
+                insort(self._stamps, packet.pts * self._base)
             if len(ahead) > LOOKAHEAD:
                 yield self._set(ahead.popleft())
         while ahead:
@@ -66,7 +67,7 @@ class Skipper:
         return packet
 
     def _is_shown(self, pts: int) -> bool:
-        begin = pts * float(self._base)
+        begin = pts * self._base
         place = bisect_right(self._stamps, begin)
         if place == len(self._stamps):
             return True  # the next frame's time is not known yet
