@@ -9,8 +9,8 @@ must make the same decisions and give every sample the same loss, bit for bit; e
 Floor: of a decision of layer l, only l and the layers behind it must be computed, for each of its
 c + 1 evaluations: over L equal layers (L + 1) / 2L, 0.542 at 12 and 0.536 at 14. Between attention
 and MLP as well, as here: (2L + 1) / 4L, 0.521 at 12. embed_dim acts from the first layer, so its
-evaluations are whole on both sides (with the depth's: 5 of some 90), and every decision takes the
-kept states on by one branch.
+evaluations are whole on both sides, and every decision takes the kept states on by one branch: with
+12 layers kept, 1,207 branches of 2,238, 0.539.
 """
 
 from __future__ import annotations
