@@ -96,6 +96,7 @@ def open_planted(net: PlantedNet, folder, cache=None, objective=None) -> Evaluat
         datasets=DATASETS,
         data=SimpleNamespace(splits=splits),
         identity=lambda dataset: dataset,
+        weights="w",
         map_over_ranks=lambda f, items: list(f(items)),
         left_out=dict,
     )

@@ -85,8 +85,8 @@ def test_other_weights_samples_or_recipes_find_nothing(tmp_path):
     assert asked("weights 1", samples=300) > 0
 
 
-def test_files_that_could_not_be_read_are_known_without_reading_again(tmp_path):
-    def opened() -> Evaluations:
+def test_an_evaluation_that_lost_a_file_is_not_kept(tmp_path):
+    def opened(lose: bool) -> Evaluations:
         evaluations = open_planted(PlantedNet(worth=worth), tmp_path)
         run = evaluations.run
         gone = run.data.splits["k400"]["select"][3].path
@@ -94,24 +94,53 @@ def test_files_that_could_not_be_read_are_known_without_reading_again(tmp_path):
 
         def without(dataset: str, split: str):
             for batch in batches(dataset, split):
-                keep = [i for i, n in enumerate(batch.names) if (dataset, n) != ("k400", gone)]
+                lost = gone if lose and dataset == "k400" else ""
+                keep = [i for i, n in enumerate(batch.names) if n != lost]
                 names = tuple(batch.names[i] for i in keep)
                 yield type(batch)(batch.x[keep], batch.y[keep], names)
-            if dataset == "k400":
-                run.evaluator.skipped["k400"] = {gone: "empty file"}
 
         run.evaluator._batches = without
         return Evaluations(run, evaluations.log, evaluations.objective, tmp_path / "cache")
 
-    first, second = opened(), opened()
-    (a,) = ArchScorer(first).score_all("x", [NANO.largest()], lambda: None)
-    second = opened()
-    (b,) = ArchScorer(second).score_all("x", [NANO.largest()], lambda: None)
-    assert second.run.net.passes == 0
-    assert a.outcomes["k400"].names == b.outcomes["k400"].names
-    assert len(b.outcomes["k400"].loss) == len(b.outcomes["imagenet"].loss) - 1
-    assert (a.accuracy, a.loss) == (b.accuracy, b.loss)
-    assert first.run.evaluator.skipped == second.run.evaluator.skipped
+    lossy = opened(lose=True)
+    (a,) = ArchScorer(lossy).score_all("x", [NANO.largest()], lambda: None)
+    assert len(a.outcomes["k400"].loss) == len(a.outcomes["imagenet"].loss) - 1
+    assert ArchScorer(lossy).score_all("x", [NANO.largest()], lambda: None)[0].loss == a.loss
+    (b,) = ArchScorer(opened(lose=False)).score_all("x", [NANO.largest()], lambda: None)
+    assert len(b.outcomes["k400"].loss) == len(b.outcomes["imagenet"].loss)
+    again = opened(lose=True)
+    (c,) = ArchScorer(again).score_all("x", [NANO.largest()], lambda: None)
+    assert again.run.net.passes == 0
+    assert (c.accuracy, c.loss) == (b.accuracy, b.loss)
+
+
+def test_searches_side_by_side_keep_each_others_evaluations(tmp_path):
+    archs = list(NANO.members())[:6]
+    one, two = (
+        ArchScorer(open_planted(PlantedNet(worth=worth), tmp_path, tmp_path / "cache"))
+        for _ in range(2)
+    )
+    for i, arch in enumerate(archs):
+        (one, two)[i % 2].score_all("x", [arch], lambda: None)
+    last = open_planted(PlantedNet(worth=worth), tmp_path, tmp_path / "cache")
+    ArchScorer(last).score_all("x", archs, lambda: None)
+    assert last.run.net.passes == 0
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ConfigError, match="--no_cache"):
+        open_planted(PlantedNet(worth=worth), tmp_path, tmp_path / "cache")
+
+
+def test_the_csv_of_an_earlier_search_lives_until_the_first_row(tmp_path):
+    log = open_planted(PlantedNet(worth=worth), tmp_path).log
+    log.path.write_text("earlier\n")
+    evaluations = open_planted(PlantedNet(worth=worth), tmp_path)
+    assert log.path.read_text() == "earlier\n"
+    ArchScorer(evaluations).score_all("x", [NANO.largest()], lambda: None)
+    assert log.path.read_text().startswith("what,candidate")
+    assert len(log.path.read_text().splitlines()) == 2
 
 
 def test_weights_and_metric_decide_as_they_say(tmp_path):
@@ -179,3 +208,5 @@ def test_what_an_outcome_depends_on_is_in_its_identity(trained):
     assert digest(samples=4) != same
     assert digest("vimnas.log.eval_batch=3") != same
     assert digest("vimnas.data.k400.fps=4") != same
+    with pytest.raises(ConfigError, match="train anew with it"):
+        digest("vimnas.data.held_out=0.3")

@@ -37,6 +37,7 @@ from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.search.run import SearchRun
 from vimnas_ds.space import Arch, SearchSpace
 from vimnas_ds.train.ranks import gather_objects
+from vimnas_ds.train.run_files import network_of
 
 WHOLES = 8  #: random sub-networks timed as a whole
 ROUNDS, LEAST_ROUNDS, SECONDS = 21, 5, 30.0  #: rounds; no more than the least once so long is over
@@ -89,10 +90,13 @@ def latency_table(run: SearchRun, dataset: str, batch: int, threads: int) -> Lat
         now = conditions(run.config, dataset, batch, threads, run.ranks.device, run.dtype)
         if table is None or table.conditions != now:
             table = measure(run.config, dataset, batch, threads, run.ranks.device, run.dtype)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(asdict(table), indent=2) + "\n")
-            part.replace(path)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_suffix(".part")
+                part.write_text(json.dumps(asdict(table), indent=2) + "\n")
+                part.replace(path)
+            except OSError as err:
+                print(f"{path} cannot be written ({err.strerror}): the next search measures again")  # noqa: T201
     found = table if run.ranks.world_size == 1 else gather_objects(table)[0]
     assert isinstance(found, LatencyTable)
     return found
@@ -125,7 +129,8 @@ def conditions(
         "dataset": dataset,
         "batch": batch,
         "input": [data.frames or 1, data.size, data.size],
-        "space": config.vimnas.search_space.name,
+        "network": {key: repr(value) for key, value in network_of(config).items()},
+        "space": repr(config.vimnas.search_space),
     }
 
 

@@ -173,7 +173,8 @@ class PerturbationSearch:
         self.state = OpenChoices(self.evaluations.run.net.space, self.alphas)
 
     def go_on_from(self, made: Sequence[Decision]) -> None:
-        """Take decisions as made (and the tuning after them as done)."""
+        """Take decisions as made (and the tuning after them as done, and the CSV as restored)."""
+        self.evaluations.log.go_on()
         for decision in made:
             choices = self.state.choices[decision.name]
             self.state.decide(decision.name, choices.index(decision.kept))

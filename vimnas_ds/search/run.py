@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 
 from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.data.catalog import Sample
+from vimnas_ds.data.index_build import file_stats
 from vimnas_ds.data.joint import JointData, Loaders
+from vimnas_ds.data.shards import MEMBERS
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.train.engine import build_supernet
 from vimnas_ds.train.evaluate import Evaluator
@@ -93,12 +95,22 @@ class SearchRun(TrainedNetwork):
         section = self.config.vimnas
         recipe = section.data.datasets[dataset].model_dump(mode="json")
         seen = {key: recipe[key] for key in ("kind", "size", "resize", "frames", "fps")}
+        samples, data = self.data.splits[dataset]["select"], section.data.datasets[dataset]
+        assert data.folder is not None
+        paths = [s.path for s in samples] if data.shards is None else [MEMBERS]
+        files = file_stats(data.folder, paths).tolist()
         return {
             "weights": self.weights,
             "network": {key: repr(value) for key, value in network_of(self.config).items()},
-            "numerics": [str(self.dtype), self.ranks.device.type, section.log.eval_batch],
+            "numerics": [
+                str(self.dtype),
+                self.ranks.device.type,
+                section.log.eval_batch,
+                torch.__version__,
+            ],
             "dataset": [dataset, seen],
-            "samples": [[s.path, s.label] for s in self.data.splits[dataset]["select"]],
+            "samples": [[s.path, s.label] for s in samples],
+            "files": files,
         }
 
     def left_out(self) -> dict[str, dict[str, str]]:
@@ -128,6 +140,12 @@ def open_network(
     config = read_run_config(path, list(overrides))
     if overrides:
         check_same_network(path, config)
+        trained, now = read_run_config(path).vimnas.data.held_out, config.vimnas.data.held_out
+        if trained != now:
+            raise ConfigError(
+                f"vimnas.data.held_out is {trained} in {path.parent.parent}, now {now}: files that "
+                "were trained on would be scored; train anew with it"
+            )
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
     net = build_supernet(config)
     try:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -24,8 +24,8 @@ from vimnas_ds.search.objective import Objective
 from vimnas_ds.search.run import SearchRun
 from vimnas_ds.space import Arch
 from vimnas_ds.train.dry_run import cost_of
-from vimnas_ds.train.evaluate import Outcomes
-from vimnas_ds.train.ranks import check_agreement
+from vimnas_ds.train.evaluate import Outcomes, Score
+from vimnas_ds.train.ranks import gather_objects, run_together
 
 #: splits that searches may read; "test" is for reported numbers only
 SELECT = "select"
@@ -55,13 +55,18 @@ class Scored:
     outcomes: Mapping[str, Outcomes]
     objective: Objective
 
+    @cached_property
+    def scores(self) -> dict[str, Score]:
+        """Means over samples, by dataset."""
+        return {name: self.outcomes[name].score for name in self.objective.datasets}
+
     @property
     def accuracy(self) -> float:
-        return sum(w * self.outcomes[n].score.top1 for n, w in self.objective.weights.items())
+        return sum(w * self.scores[n].top1 for n, w in self.objective.weights.items())
 
     @property
     def loss(self) -> float:
-        return sum(w * self.outcomes[n].score.loss for n, w in self.objective.weights.items())
+        return sum(w * self.scores[n].loss for n, w in self.objective.weights.items())
 
     @property
     def value(self) -> float:
@@ -103,16 +108,24 @@ def _values(outcomes: Outcomes, objective: Objective) -> Tensor:
 
 
 class EvaluationLog:
-    """A CSV of every evaluation, written by rank 0 row by row."""
+    """A CSV of every evaluation, written by rank 0 row by row; an earlier one is replaced by the
+    first row."""
 
     def __init__(self, path: Path, datasets: Sequence[str], enabled: bool):
         self.path, self._datasets, self._enabled = path, tuple(datasets), enabled
-        if enabled:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            head = ["what", "candidate", "accuracy", "loss", "params"]
-            head += [f"{kind}/{name}" for name in datasets for kind in ("top1", "loss", "gflops")]
-            with path.open("w", newline="") as file:
-                csv.writer(file).writerow(head)
+        self._begun = False
+
+    def go_on(self) -> None:
+        """Add to the rows that are there."""
+        self._begun = True
+
+    def _begin(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        head = ["what", "candidate", "accuracy", "loss", "params"]
+        head += [f"{kind}/{name}" for name in self._datasets for kind in ("top1", "loss", "gflops")]
+        with self.path.open("w", newline="") as file:
+            csv.writer(file).writerow(head)
+        self._begun = True
 
     def add(
         self, what: str, candidate: str, scored: Scored, costs: Mapping[str, tuple[int, float]]
@@ -120,6 +133,8 @@ class EvaluationLog:
         """`costs` may be empty for candidates that are no single sub-network."""
         if not self._enabled:
             return
+        if not self._begun:
+            self._begin()
         params = max(p for p, _ in costs.values()) if costs else ""
         row: list[object] = [
             what,
@@ -129,7 +144,7 @@ class EvaluationLog:
             params,
         ]
         for name in self._datasets:
-            score = scored.outcomes[name].score
+            score = scored.scores[name]
             gflops = f"{costs[name][1]:.6f}" if costs else ""
             row += [f"{score.top1:.6f}", f"{score.loss:.6f}", gflops]
         with self.path.open("a", newline="") as file:
@@ -145,26 +160,34 @@ class Evaluations:
         objective: see `Objective`.
         cache: folder of the outcome files; None: kept in memory alone, as for tuned weights.
 
-    Raises ConfigError for a cache that cannot be read, RanksDisagree for ranks that see others.
+    Raises ConfigError for a cache that cannot be used.
     """
 
     def __init__(
         self, run: SearchRun, log: EvaluationLog, objective: Objective, cache: Path | None = None
     ):
         self.run, self.log, self.objective = run, log, objective
-        self._files = {name: self._open(name, cache) for name in objective.datasets}
-        known = digest_of([[k.hex() for k in f.keys()] for f in self._files.values()])
-        check_agreement(int(known[:15], 16), "the cached evaluations", run.ranks)
-        for name, file in self._files.items():
-            if file.left_out:
-                run.evaluator.skipped.setdefault(name, {}).update(file.left_out)
-
-    def _open(self, dataset: str, cache: Path | None) -> OutcomeFile:
-        names = [sample.path for sample in self.run.data.splits[dataset][SELECT]]
-        path = None
+        self._files = {name: OutcomeFile(self._names(name)) for name in objective.datasets}
         if cache is not None:
-            path = cache / f"{dataset}-{digest_of(self.run.identity(dataset))[:16]}.outcomes"
-        return OutcomeFile(path, names, self.run.ranks.is_main)
+            self._open(cache)
+
+    def _names(self, dataset: str) -> list[str]:
+        return [sample.path for sample in self.run.data.splits[dataset][SELECT]]
+
+    def _open(self, cache: Path) -> None:
+        """Rank 0 reads the files, and has all ranks know what is in them."""
+        run = self.run
+
+        def read() -> None:
+            for name in self._files if run.ranks.is_main else ():
+                path = cache / f"{name}-{digest_of(run.identity(name))[:16]}.outcomes"
+                self._files[name] = OutcomeFile(self._names(name), path)
+
+        run_together(read, run.ranks)
+        if run.ranks.world_size > 1:
+            known = [file.records for file in self._files.values()] if run.ranks.is_main else []
+            for file, records in zip(self._files.values(), gather_objects(known)[0], strict=True):
+                file.records = dict(records)
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -172,7 +195,7 @@ class Evaluations:
 
     def forget(self) -> None:
         """The weights have changed: nothing is known of them, and they are no checkpoint's."""
-        self._files = {name: self._open(name, None) for name in self.datasets}
+        self._files = {name: OutcomeFile(self._names(name)) for name in self.datasets}
 
     def score_all(
         self,
@@ -191,7 +214,7 @@ class Evaluations:
         fresh: dict[str, Candidate] = {}
         known = 0
         for one in candidates:
-            if all(file.get(one.key) is not None for file in self._files.values()):
+            if all(one.key in file for file in self._files.values()):
                 known += 1
             else:
                 fresh.setdefault(one.key, one)
@@ -218,15 +241,27 @@ class Evaluations:
 
         for one, outcomes in zip(dealt, self.run.map_over_ranks(evaluate, dealt), strict=True):
             for name, file in self._files.items():
-                file.add(one.key, outcomes[name], self.run.evaluator.skipped.get(name, {}))
+                file.add(one.key, outcomes[name])
 
     def _scored(self, key: str) -> Scored:
-        found = {}
-        for name, file in self._files.items():
-            outcomes = file.get(key)
-            assert outcomes is not None
-            found[name] = outcomes
-        return Scored(found, self.objective)
+        return Scored(_Kept(self._files, key), self.objective)
+
+
+class _Kept(Mapping[str, Outcomes]):
+    """A candidate's outcomes by dataset, unpacked when they are asked for: a search that keeps
+    thousands of scores keeps no vectors."""
+
+    def __init__(self, files: Mapping[str, OutcomeFile], key: str):
+        self._files, self._key = dict(files), key
+
+    def __getitem__(self, dataset: str) -> Outcomes:
+        return self._files[dataset].get(self._key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def _chunks(items: Sequence[Candidate], size: int) -> list[Sequence[Candidate]]:

@@ -23,12 +23,13 @@ from safetensors.torch import load_file, save_file
 
 from vimnas_ds.config import ConfigError
 from vimnas_ds.durable import publish_folder
+from vimnas_ds.search.cache import digest_of
 from vimnas_ds.search.perturb import Decision
 from vimnas_ds.search.tune import Tuner
 from vimnas_ds.seeds import derive_seed
 from vimnas_ds.space import SearchSpace
 from vimnas_ds.train.ranks import check_agreement
-from vimnas_ds.train.run_files import CheckpointError
+from vimnas_ds.train.run_files import CheckpointError, config_object
 
 WEIGHTS_FILE, STAGE_FILE = "weights.safetensors", "stage.json"
 
@@ -50,7 +51,8 @@ class TuningStages:
         self.ranks = run.ranks
         self.settings: dict[str, Any] = {
             **json.loads(json.dumps(asked)),  # as they will be read
-            "checkpoint": str(run.checkpoint.resolve()),
+            "checkpoint's weights": run.weights,
+            "configuration": digest_of(config_object(run.config)),
             "data files": run.data.fingerprint(),
             "ranks": run.ranks.world_size,
         }
@@ -90,7 +92,10 @@ class TuningStages:
 
         Raises CheckpointError where there is none to use, ConfigError where it was made otherwise.
         """
-        found = sorted(p for p in self.folder.glob("[0-9]*-*") if (p / STAGE_FILE).is_file())
+        found = sorted(
+            (p for p in self.folder.glob("[0-9]*-*") if (p / STAGE_FILE).is_file()),
+            key=lambda p: int(p.name.partition("-")[0]),
+        )
         latest = found[-1] if found else None
         name = "nothing" if latest is None else latest.name
         check_agreement(derive_seed(name), f"the stage to go on from ({name})", self.ranks)
