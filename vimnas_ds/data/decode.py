@@ -103,7 +103,7 @@ def open_video(path: Path) -> Iterator[av.container.InputContainer]:
     Whatever the file is called: FFmpeg alone would take a:b.mp4 for an address of the protocol a.
     """
     try:
-        with av.open(f"file:{path.absolute()}", metadata_errors="ignore") as container:
+        with av.open(f"file:{Path(path).absolute()}", metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise BadVideo(str(path), "no video stream")
             stream = container.streams.video[0]
