@@ -103,7 +103,7 @@ def open_video(path: Media) -> Iterator[av.container.InputContainer]:
     Whatever the file is called: FFmpeg alone would take a:b.mp4 for an address of the protocol a.
     """
     try:
-        opened = path.stream() if isinstance(path, Blob) else f"file:{path.absolute()}"
+        opened = path.stream() if isinstance(path, Blob) else f"file:{Path(path).absolute()}"
         with av.open(opened, metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise BadVideo(str(path), "no video stream")
