@@ -5,14 +5,15 @@
     python scripts/compare.py --pick mine=arch.json --split select
     deepspeed --num_gpus 2 scripts/compare.py             (the same result)
 
-Picks are RUN/*/result.json (perturbation, evolution, pareto, ...) and what --pick names. Beside
+Picks are RUN/*/result.json (perturbation, evolution, front, ...) and what --pick names. Beside
 them: largest, smallest, the argmax of the alphas, perturbation with fixed alphas, for each pick
 evolution under its number of parameters and as many evaluations as perturbation needs, and k random
 sub-networks within a few percent of its parameters. The searches read the `select` split (and its
 cache), the table the `test` split with the datasets' own views (--single_view: one).
 
 Prints a table for each dataset and, for each pick, whether it beats the random ones (an exact rank
-test: it must be better than all of 20). Writes RUN/compare/compare.json and compare.png. Costs two
+test of the mean over datasets: it must be better than all of 20). With --split select nothing is
+claimed: the picks were chosen there. Writes RUN/compare/compare.json and compare.png. Costs two
 searches and one test of all sub-networks; a minute or two for the demo on a CPU.
 """
 
@@ -108,7 +109,7 @@ def compare(args: argparse.Namespace) -> int:
         for name in evaluations.datasets:
             print(f"\n{name} ({args.split})\n{format_table(HEAD, rows_of(name, entries, table))}")
         print()
-        for verdict in judge(entries, table, weights):
+        for verdict in judge(entries, table, weights, args.split):
             print(verdict)
         print(f"written to {folder}/compare.json and compare.png")
     run.close()

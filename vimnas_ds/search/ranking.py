@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.report.table import format_table
+from vimnas_ds.search.objective import MEAN
 from vimnas_ds.search.scoring import Scored
 from vimnas_ds.search.statistics import Indices, bootstrap_interval, kendall_tau_b, spearman
 from vimnas_ds.space import Arch, SearchSpace
@@ -33,9 +34,6 @@ FEWEST = 12
 FEW_SAMPLES = 30
 #: members that the choice is made from, all of a smaller space
 POOL = 2000
-
-#: how the mean over datasets is called; no dataset can be
-MEAN = "mean of datasets"
 
 Hits = NDArray[np.float64]  # (A, N): 1 where sub-network a is right on sample n
 Vector = NDArray[np.float64]  # (A,)
