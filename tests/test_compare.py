@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.test_search import NANO, PLANTS, PlantedNet, open_planted, worth
+from tests.test_search import EQUAL, NANO, PLANTS, PlantedNet, open_planted, worth
 from vimnas_ds.config import ConfigError
 from vimnas_ds.model.alphas import one_hot
 from vimnas_ds.report.comparison import comparison_figure
@@ -20,6 +20,7 @@ from vimnas_ds.search.comparison import (
 )
 from vimnas_ds.search.controls import (
     Entry,
+    Pick,
     corners,
     evolution_of_size,
     find_picks,
@@ -138,7 +139,18 @@ def test_controls_have_the_picks_size_and_budget(tmp_path):
     assert cost_of(run.config, evolved.arch, "imagenet")[0] <= size
     rows = evaluations.log.path.read_text().splitlines()[1:]
     assert 12 <= len(rows) <= 24
-    assert fixed_perturbation(evaluations, lambda: None).arch == pick
+    assert evolved.evaluations == len(rows)
+    fixed = fixed_perturbation(evaluations, lambda: None)
+    assert fixed.arch == pick
+    assert fixed.evaluations == len(evaluations.log.path.read_text().splitlines()) - 1 - len(rows)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 9])
+def test_a_small_budget_is_kept(tmp_path, most):
+    evaluations = open_planted(PlantedNet(worth=worth), tmp_path)
+    evolved = evolution_of_size(evaluations, "mine", NANO.largest(), most, 0, lambda: None)
+    assert 1 <= evolved.evaluations <= most
+    assert len(evaluations.log.path.read_text().splitlines()) - 1 == evolved.evaluations
 
 
 def test_argmax_alpha_is_a_control():
@@ -150,25 +162,51 @@ def test_argmax_alpha_is_a_control():
 
 
 def test_picks_are_what_searches_left_of_this_checkpoint(tmp_path):
-    def leave(name: str, checkpoint: str) -> None:
-        (tmp_path / name).mkdir()
-        result = {"selector": name, "checkpoint": checkpoint, "arch": json.loads(arch)}
+    def leave(name: str, checkpoint: str, **more: object) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        result = {"selector": name, "checkpoint": checkpoint, "arch": json.loads(arch), **more}
         (tmp_path / name / "result.json").write_text(json.dumps(result))
 
     arch = PLANTS[2].to_json()
     run = SimpleNamespace(
         files=RunFiles(tmp_path),
         checkpoint=tmp_path / "checkpoints" / "step00000020",
+        weights="abc",
         net=SimpleNamespace(space=NANO),
     )
     with pytest.raises(ConfigError, match=r"has no pick of step00000020: run perturb_select\.py"):
-        find_picks(run, [])
+        find_picks(run, [], EQUAL)
     leave("evolution", "runs/x/checkpoints/step00000010")
-    with pytest.raises(ConfigError, match=r"evolution/result.json is of runs/x.*step00000010"):
-        find_picks(run, [])
-    leave("perturbation", "elsewhere/checkpoints/step00000020")
+    with pytest.raises(
+        ConfigError, match=r"evolution/result.json is of other weights .*step00000010"
+    ):
+        find_picks(run, [], EQUAL)
+    decisions = [{"accuracy_without": {"1": 0.5, "2": 0.4, "3": 0.3}}] * 2
+    leave("perturbation", "elsewhere/checkpoints/step00000020", decisions=decisions)
+    leave("front", "moved/step00000010", weights="abc", evaluated=70)
+    leave("tuned", "x/checkpoints/step00000020", weights="abd")
     (tmp_path / "mine.json").write_text(NANO.smallest().to_json())
-    found = find_picks(run, [f"mine={tmp_path / 'mine.json'}"])
-    assert found == {"perturbation": PLANTS[2], "mine": NANO.smallest()}
+    found, notes = find_picks(run, [f"mine={tmp_path / 'mine.json'}"], EQUAL)
+    assert found == {
+        "front": Pick(PLANTS[2], 70),
+        "perturbation": Pick(PLANTS[2], 8),
+        "mine": Pick(NANO.smallest(), None),
+    }
+    assert [note.partition(" is of other weights")[0] for note in notes] == [
+        f"left out: {tmp_path / name / 'result.json'}" for name in ("evolution", "tuned")
+    ]
     with pytest.raises(ConfigError, match="NAME=FILE"):
-        find_picks(run, ["mine"])
+        find_picks(run, ["mine"], EQUAL)
+    by_loss = {"metric": "loss", "weights": dict(EQUAL.weights)}
+    same = {"metric": "top1", "weights": dict(EQUAL.weights)}
+    leave("tuned", "x", weights="abc", objective=by_loss, decisions=decisions, rule="eliminate")
+    bounded = ["params (k400) in [0, 9]"]
+    leave("evolution", "x", weights="abc", objective=same, evaluated=9, constraints=bounded)
+    result = tmp_path / "evolution" / "result.json"
+    found, (note,) = find_picks(run, [f"evolution_x={result}"], EQUAL)
+    assert note.startswith(f"{tmp_path / 'tuned' / 'result.json'} was chosen by ")
+    assert found["tuned"].evaluations == 12
+    assert [name for name, pick in found.items() if pick.evolved] == ["evolution"]
+    assert found["evolution_x"] == Pick(PLANTS[2], 9)
+    leave("evolution", "x", weights="abc", constraints=[*bounded, "latency (k400) in [0, 9]"])
+    assert not find_picks(run, [], EQUAL)[0]["evolution"].evolved

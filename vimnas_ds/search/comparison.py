@@ -165,6 +165,7 @@ def comparison_object(
                 "name": entry.name,
                 "role": entry.role,
                 "like": entry.like,
+                "evaluations": entry.evaluations,
                 "arch": json.loads(entry.arch.to_json()),
                 "mean_top1": top1(table, entry.arch, MEAN, weights),
                 "datasets": {
@@ -193,6 +194,7 @@ def rows_of(dataset: str, entries: Sequence[Entry], table: Table) -> list[list[s
                 "",
                 f"{m.params:,}",
                 f"{m.gflops:.4g}",
+                "" if entry.evaluations is None else f"{entry.evaluations:,}",
             ]
         )
         archs = [e.arch for e in entries if e.like == entry.name]
@@ -209,9 +211,18 @@ def rows_of(dataset: str, entries: Sequence[Entry], table: Table) -> list[list[s
                     f"best {max(tops):.1%}, pick at {percentile(m.top1, tops):.0f} %; {gap}",
                     f"{statistics.fmean(a.params for a in alike):,.0f}",
                     f"{statistics.fmean(a.gflops for a in alike):.4g}",
+                    "",
                 ]
             )
     return lines
 
 
-HEAD = ["sub-network", "top-1", "top-5", "of the random ones", "params", "GFLOPs a view"]
+HEAD = [
+    "sub-network",
+    "top-1",
+    "top-5",
+    "of the random ones",
+    "params",
+    "GFLOPs a view",
+    "evaluations",
+]
