@@ -5,14 +5,17 @@
     python scripts/compare.py --pick mine=arch.json --split select
     deepspeed --num_gpus 2 scripts/compare.py             (the same result)
 
-Picks are RUN/*/result.json (perturbation, evolution, pareto, ...) and what --pick names. Beside
+Picks are RUN/*/result.json (perturbation, evolution, front, ...) and what --pick names. Beside
 them: largest, smallest, the argmax of the alphas, perturbation with fixed alphas, for each pick
-evolution under its number of parameters and as many evaluations as perturbation needs, and k random
-sub-networks within a few percent of its parameters. The searches read the `select` split (and its
+evolution under its number of parameters and as many evaluations as its own search took (where it
+does not tell: as perturbation needs; RUN/evolution's pick is its own control unless more than
+parameters bound it), and k random sub-networks within a few percent of its parameters. Picks of
+other weights are named and left out. The searches read the `select` split (and its
 cache), the table the `test` split with the datasets' own views (--single_view: one).
 
 Prints a table for each dataset and, for each pick, whether it beats the random ones (an exact rank
-test: it must be better than all of 20). Writes RUN/compare/compare.json and compare.png. Costs two
+test of the mean over datasets: it must be better than all of 20). With --split select nothing is
+claimed: the picks were chosen there. Writes RUN/compare/compare.json and compare.png. Costs two
 searches and one test of all sub-networks; a minute or two for the demo on a CPU.
 """
 
@@ -40,6 +43,7 @@ from vimnas_ds.search.cli import (
 from vimnas_ds.search.comparison import HEAD, Measured, comparison_object, judge, rows_of
 from vimnas_ds.search.controls import (
     Entry,
+    Pick,
     architectures,
     corners,
     evolution_of_size,
@@ -48,7 +52,9 @@ from vimnas_ds.search.controls import (
     random_alike,
 )
 from vimnas_ds.search.multiview import MultiViewEvaluator
+from vimnas_ds.search.objective import parse_objective
 from vimnas_ds.search.perturb import PerturbationSearch
+from vimnas_ds.search.prefix import PrefixCache, free_budget
 from vimnas_ds.search.run import SearchRun, open_run
 from vimnas_ds.search.scoring import Evaluations
 from vimnas_ds.space import Arch
@@ -71,7 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--evaluations",
         type=int,
         metavar="N",
-        help="of the evolution under a pick's size; default: what perturbation needs",
+        help="of the evolution under a pick's size; default: as many as the pick's own search "
+        "took, or perturbation needs",
     )
     parser.add_argument("--split", choices=("test", "select"), default="test")
     parser.add_argument("--single_view", action="store_true", help="one centre clip and crop")
@@ -86,7 +93,11 @@ def compare(args: argparse.Namespace) -> int:
     ranks = start_ranks(SEARCH_TIMEOUT, engine=False)
     run = open_run(args.checkpoint, ranks, args.set, args.samples)
     folder = args.out or run.files.root / "compare"
-    picks = find_picks(run, args.pick)
+    objective = parse_objective(args.datasets, run.datasets, args.metric)
+    picks, notes = find_picks(run, args.pick, objective)
+    if ranks.is_main:
+        for note in notes:
+            print(note, file=sys.stderr)
     evaluations = open_evaluations(run, args, folder)
     entries, within = gather(args, evaluations, picks)
     table = measure(run, evaluations.datasets, entries, args.split, args.single_view)
@@ -108,7 +119,7 @@ def compare(args: argparse.Namespace) -> int:
         for name in evaluations.datasets:
             print(f"\n{name} ({args.split})\n{format_table(HEAD, rows_of(name, entries, table))}")
         print()
-        for verdict in judge(entries, table, weights):
+        for verdict in judge(entries, table, weights, args.split):
             print(verdict)
         print(f"written to {folder}/compare.json and compare.png")
     run.close()
@@ -116,26 +127,32 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def gather(
-    args: argparse.Namespace, evaluations: Evaluations, picks: dict[str, Arch]
+    args: argparse.Namespace, evaluations: Evaluations, picks: dict[str, Pick]
 ) -> tuple[list[Entry], dict[str, int]]:
     """Everything compared, each pick followed by its random ones; and within how many percent."""
     run = evaluations.run
     needed = PerturbationSearch(evaluations, alphas=None).num_evaluations()
-    candidates = args.evaluations or needed
-    others = [name for name in picks if not name.startswith("evolution")]
+    budgets = {
+        name: args.evaluations or pick.evaluations or needed
+        for name, pick in picks.items()
+        if not pick.evolved
+    }
     world, main = run.ranks.world_size, run.ranks.is_main
-    progress = Progress(needed + candidates * len(others), "controls", world, main)
-    controls = [*corners(run), fixed_perturbation(evaluations, progress)]
-    for name in others:
+    progress = Progress(needed + sum(budgets.values()), "controls", world, main)
+    prefixes = PrefixCache(run, free_budget(run))
+    controls = [*corners(run), fixed_perturbation(evaluations, progress, prefixes)]
+    prefixes.clear()
+    for name, budget in budgets.items():
         controls.append(
-            evolution_of_size(evaluations, name, picks[name], candidates, args.seed, progress)
+            evolution_of_size(evaluations, name, picks[name].arch, budget, args.seed, progress)
         )
     progress.close()
     entries, within = [], {}
-    for name, arch in picks.items():
-        entries.append(Entry(name, "pick", arch))
+    chosen = [pick.arch for pick in picks.values()]
+    for name, pick in picks.items():
+        entries.append(Entry(name, "pick", pick.arch, evaluations=pick.evaluations))
         alike, within[name] = random_alike(
-            run, evaluations.datasets[0], arch, args.k, picks.values(), args.seed
+            run, evaluations.datasets[0], pick.arch, args.k, chosen, args.seed
         )
         entries += [Entry("random", "random", a, name) for a in alike]
     return [*entries, *controls], within

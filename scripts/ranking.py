@@ -20,7 +20,6 @@ training that failed (with its last lines), or a checkpoint, data or argument th
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
 from dataclasses import replace
@@ -32,14 +31,13 @@ from vimnas_ds.report.confusion import write_figure
 from vimnas_ds.report.ranking import ranking_figure
 from vimnas_ds.report.search_board import SearchBoard
 from vimnas_ds.search.alone import Trainings, epochs_within, shortened
-from vimnas_ds.search.cli import build_parser, run_script, say_left_out
-from vimnas_ds.search.objective import parse_objective
+from vimnas_ds.search.cli import Progress, build_parser, open_evaluations, run_script, say_left_out
+from vimnas_ds.search.objective import Objective, parse_objective
 from vimnas_ds.search.ranking import FEWEST, Ranking, build_ranking, choose_archs
 from vimnas_ds.search.run import SearchRun, open_network, open_run
-from vimnas_ds.search.scoring import ArchScorer, EvaluationLog, Evaluations, Scored
+from vimnas_ds.search.scoring import ArchScorer, Evaluations, Scored
 from vimnas_ds.space import Arch
 from vimnas_ds.train.ranks import start_ranks
-from vimnas_ds.train.run_files import WEIGHTS_FILE
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,8 +61,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="of the choice and of the bootstrap")
     add("--jobs", type=int, metavar="J", help="trainings at once; default: CPU cores, 1 on GPUs")
-    add("--datasets", nargs="+", metavar="NAME", help="datasets compared; default: all of the run")
+    add(
+        "--datasets",
+        nargs="+",
+        metavar="NAME[=WEIGHT]",
+        help="datasets compared, and their weights in the mean; default: all of the run, equally",
+    )
     add("--out", type=Path, metavar="DIR", help="where results go; default: RUN/ranking")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where inherited accuracies are kept; default: RUN/search_cache",
+    )
+    where.add_argument("--no_cache", action="store_true", help="neither find nor keep any")
+    parser.set_defaults(metric="top1")
     return parser.parse_args(argv)
 
 
@@ -72,18 +84,21 @@ def rank(args: argparse.Namespace) -> int:
     check(args)
     run = open_run(args.checkpoint, start_ranks(engine=False), args.set)
     try:
-        objective = parse_objective(args.datasets, run.datasets)
+        parse_objective(args.datasets, run.datasets)  # refused before anything is written
         archs = choose_archs(run.config, run.net.space, args.count, args.seed)
         trainings = plan(run, args, archs)
         trainings.begin()
         print(f"{len(archs)} sub-networks, {trainings.recipe.vimnas.schedule.epochs} epochs each")
-        log = EvaluationLog(trainings.root / "evaluations.csv", objective.datasets, True)
-        evaluations = Evaluations(run, log, objective, run.files.search_cache)
-        inherited = ArchScorer(evaluations).score_all("inherited", archs, lambda: None)
+        evaluations = open_evaluations(run, args, trainings.root)
+        progress = Progress(len(archs), "inherited", 1, True)
+        inherited = ArchScorer(evaluations).score_all("inherited", archs, progress)
+        progress.close()
         trainings.run(trainings.total_steps(run.data.sizes), args.jobs)
-        alone = [score_alone(evaluations, trainings, i) for i in range(len(archs))]
+        progress = Progress(len(archs), "alone", 1, True)
+        alone = [score_alone(evaluations, trainings, i, progress) for i in range(len(archs))]
+        progress.close()
         found = build_ranking(run.config, archs, inherited, alone, args.seed)
-        report(run, args, trainings, found)
+        report(run, args, trainings, found, evaluations.objective)
         say_left_out(run.left_out())
     finally:
         run.close()
@@ -107,8 +122,7 @@ def plan(run: SearchRun, args: argparse.Namespace, archs: list[Arch]) -> Trainin
     settings: dict[str, Any] = {"from": args.start, "count": args.count, "seed": args.seed}
     overrides = list(args.set)
     if args.start == "inherited":
-        with (run.checkpoint / WEIGHTS_FILE).open("rb") as file:
-            settings["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
+        settings["weights"] = run.weights
         overrides += ["vimnas.model.init=null", f"vimnas.model.inherit={run.checkpoint}"]
     root = args.out or run.files.root / "ranking"
 
@@ -123,7 +137,9 @@ def plan(run: SearchRun, args: argparse.Namespace, archs: list[Arch]) -> Trainin
     return trainings(epochs_within(args.steps, lambda e: trainings(e).total_steps(sizes)))
 
 
-def score_alone(evaluations: Evaluations, trainings: Trainings, number: int) -> Scored:
+def score_alone(
+    evaluations: Evaluations, trainings: Trainings, number: int, progress: Progress
+) -> Scored:
     """A training's own weights on the samples that the run has decoded."""
     run = evaluations.run
     alone = open_network(trainings.checkpoint(number), run.ranks)
@@ -131,10 +147,16 @@ def score_alone(evaluations: Evaluations, trainings: Trainings, number: int) -> 
         run, config=alone.config, checkpoint=alone.checkpoint, net=alone.net, weights=alone.weights
     )
     own = Evaluations(theirs, evaluations.log, evaluations.objective)
-    return ArchScorer(own).score_all("alone", [trainings.archs[number]], lambda: None)[0]
+    return ArchScorer(own).score_all("alone", [trainings.archs[number]], progress)[0]
 
 
-def report(run: SearchRun, args: argparse.Namespace, trainings: Trainings, found: Ranking) -> None:
+def report(
+    run: SearchRun,
+    args: argparse.Namespace,
+    trainings: Trainings,
+    found: Ranking,
+    objective: Objective,
+) -> None:
     """Files, picture, TensorBoard, table, verdict."""
     trial = f"a trial of {args.count} sub-networks: " if args.count < FEWEST else ""
     schedule = trainings.recipe.vimnas.schedule
@@ -144,6 +166,7 @@ def report(run: SearchRun, args: argparse.Namespace, trainings: Trainings, found
         "epochs": schedule.epochs,
         "steps": trainings.total_steps(run.data.sizes),
         "seed": args.seed,
+        "weights": dict(objective.weights),
         "trial": bool(trial),
         "left_out": run.left_out(),
     }

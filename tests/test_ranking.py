@@ -23,8 +23,8 @@ from vimnas_ds.config import ConfigError, load_config, parse_config
 from vimnas_ds.report.pictures import render
 from vimnas_ds.report.ranking import ranking_figure
 from vimnas_ds.search.alone import TrainingFailed, Trainings, epochs_within, shortened
-from vimnas_ds.search.objective import parse_objective
-from vimnas_ds.search.ranking import MEAN, agreement, build_ranking, choose_archs
+from vimnas_ds.search.objective import MEAN, parse_objective
+from vimnas_ds.search.ranking import agreement, build_ranking, choose_archs
 from vimnas_ds.search.scoring import Scored
 from vimnas_ds.space import SPACES, Arch
 from vimnas_ds.train.dry_run import cost_of
@@ -98,7 +98,13 @@ def test_agreement_finds_the_planted_order():
     assert "upside down" in opposite.verdict()
     by_size = agreement([hits(x)], [hits([*x[1:], x[0] + 9])], params, seed=0)
     assert by_size.tau == by_size.tau_of_params < 1
-    assert "but no better than their parameters do" in by_size.verdict()
+    assert (by_size.gain_low, by_size.gain_high) == (0, 0)
+    assert "but is not shown to do so better than their parameters" in by_size.verdict()
+    swapped = np.array([1, 0, *range(2, 12)])  # the parameters' tau is lower by a hair
+    hair = agreement([hits(x)], [hits(x)], swapped.astype(float), seed=0)
+    assert hair.tau > hair.tau_of_params
+    assert hair.gain_low == 0 < hair.gain_high  # where not both of the pair are drawn: no gain
+    assert "but is not shown to do so better" in hair.verdict()
     shuffled = [x[i] for i in (5, 2, 9, 0, 7, 11, 3, 10, 1, 8, 4, 6)]
     noise = agreement([hits(x)], [hits(shuffled)], params, seed=0)
     assert noise.low < 0 < noise.high
@@ -119,7 +125,7 @@ def test_samples_decide_how_wide_the_interval_over_samples_is():
     assert widths[1] < widths[0] / 2
 
 
-def scored(correct: dict[str, list[int]], left_out: str = "") -> Scored:
+def scored(correct: dict[str, list[int]], left_out: str = "", datasets=None) -> Scored:
     """Per dataset, 1 where the sample was right; one sample may be missing."""
     outcomes = {}
     for dataset, top1 in correct.items():
@@ -127,7 +133,7 @@ def scored(correct: dict[str, list[int]], left_out: str = "") -> Scored:
         names, values = zip(*kept, strict=True)
         tensor = torch.tensor(values, dtype=torch.float64)
         outcomes[dataset] = Outcomes(tensor, tensor, tensor, names)
-    return Scored(outcomes, parse_objective(None, list(outcomes)))
+    return Scored(outcomes, parse_objective(datasets, list(outcomes)))
 
 
 def test_datasets_count_alike_and_only_on_common_samples(tmp_path):
@@ -148,9 +154,19 @@ def test_datasets_count_alike_and_only_on_common_samples(tmp_path):
     written = json.loads((tmp_path / "ranking.json").read_text())
     assert list(written["agreement"]) == ["imagenet", "k400", MEAN]
     assert "k400: 2 samples are too few" in written["warnings"][1]
+    assert "train the supernet anew with a larger vimnas.data.held_out" in written["warnings"][1]
     rows = list(csv.DictReader((tmp_path / "ranking.csv").open()))
     assert float(rows[1][f"inherited/{MEAN}"]) == pytest.approx(5 / 12)
     assert Arch.from_json(rows[1]["arch"]) == archs[1]
+
+
+def test_weights_of_datasets_count_in_the_mean():
+    a, b = (scored({"imagenet": [t], "k400": [1 - t]}, "", ["imagenet=3", "k400"]) for t in (0, 1))
+    found = build_ranking(CONFIG, [NANO.smallest(), NANO.largest()], [a, b], [a, b], seed=0)
+    assert found.overall.name == MEAN
+    assert found.overall.inherited.tolist() == [0.25, 0.75]
+    assert found.overall.alone.tolist() == [0.25, 0.75]
+    assert found.overall.agreement.tau == 1
 
 
 def test_the_picture_has_a_panel_a_dataset():

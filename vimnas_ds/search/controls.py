@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,7 +20,9 @@ from vimnas_ds.config import ConfigError
 from vimnas_ds.model.alphas import Alphas
 from vimnas_ds.search.constraints import Constraints, Range
 from vimnas_ds.search.evolve import Evolution, EvolutionOptions, sample_distinct
+from vimnas_ds.search.objective import Objective
 from vimnas_ds.search.perturb import PerturbationSearch
+from vimnas_ds.search.prefix import PrefixCache
 from vimnas_ds.search.run import SearchRun
 from vimnas_ds.search.scoring import ArchScorer, Evaluations
 from vimnas_ds.space import Arch
@@ -33,44 +35,88 @@ WITHIN = (2, 5, 10, 20, 40)
 
 @dataclass(frozen=True)
 class Entry:
-    """A sub-network of a comparison; `like`: the pick whose size a random one has."""
+    """A sub-network of a comparison; `like`: the pick whose size a random one has; `evaluations`:
+    that its search took, None where it is not known or there was none."""
 
     name: str
     role: Role
     arch: Arch
     like: str | None = None
+    evaluations: int | None = None
 
 
-def find_picks(run: SearchRun, named: Sequence[str]) -> dict[str, Arch]:
-    """What the run's searches picked from its checkpoint (RUN/*/result.json), and NAME=FILE.
+@dataclass(frozen=True)
+class Pick:
+    """A pick and the `evaluations` its search took (None: not told); `evolved`: within parameters
+    alone by the run's own evolution, which is its own control."""
+
+    arch: Arch
+    evaluations: int | None
+    evolved: bool = False
+
+
+def find_picks(
+    run: SearchRun, named: Sequence[str], objective: Objective
+) -> tuple[dict[str, Pick], list[str]]:
+    """What the run's searches picked from its checkpoint (RUN/*/result.json), and NAME=FILE; and
+    in words, which were left out, being of other weights, and which had another objective.
 
     Raises ConfigError for a file that cannot be used, or when there is nothing.
     """
-    found: dict[str, Arch] = {}
-    stale = []
+    found: dict[str, Pick] = {}
+    notes = []
     for file in sorted(run.files.root.glob("*/result.json")):
         result = _read(file)
         if result.get("selector") is None or "arch" not in result:
             continue
-        if Path(str(result.get("checkpoint"))).name != run.checkpoint.name:
-            stale.append(f"{file} is of {result.get('checkpoint')}")
+        if not _same_weights(run, result):
+            notes.append(f"left out: {file} is of other weights ({result.get('checkpoint')})")
             continue
-        found[file.parent.name] = read_arch(file, run.net.space)
+        asked = {"metric": objective.metric, "weights": dict(objective.weights)}
+        if result.get("objective", asked) != asked:
+            theirs = json.dumps(result["objective"])
+            notes.append(f"{file} was chosen by {theirs}, is compared by {objective}")
+        ranges = result.get("constraints", [])
+        evolved = file.parent.name == result["selector"] == "evolution"
+        evolved = evolved and all(str(r).startswith("params ") for r in ranges)
+        pick = Pick(read_arch(file, run.net.space), evaluations_of(result), evolved)
+        found[file.parent.name] = pick
     for text in named:
         name, equals, path = text.partition("=")
         if not equals or not name:
             raise ConfigError(f"--pick takes NAME=FILE, got {text!r}")
-        found[name] = read_arch(Path(path), run.net.space)
+        arch = read_arch(Path(path), run.net.space)
+        found[name] = Pick(arch, evaluations_of(_read(Path(path))))
     if not found:
-        notes = f" ({'; '.join(stale)})" if stale else ""
+        why = f" ({'; '.join(notes)})" if notes else ""
         raise ConfigError(
-            f"{run.files.root} has no pick of {run.checkpoint.name}{notes}: run perturb_select.py "
+            f"{run.files.root} has no pick of {run.checkpoint.name}{why}: run perturb_select.py "
             "or evolve.py first, or name one with --pick NAME=FILE"
         )
-    return found
+    return found, notes
 
 
-def _read(file: Path) -> dict[str, object]:
+def _same_weights(run: SearchRun, result: Mapping[str, Any]) -> bool:
+    """By their digest; where the result does not tell it, by the checkpoint's name."""
+    if "weights" in result:
+        return bool(result["weights"] == run.weights)
+    return Path(str(result.get("checkpoint"))).name == run.checkpoint.name
+
+
+def needed(choices: int, rule: str) -> int:
+    """Evaluations that perturbation takes to make a decision of so many choices."""
+    return choices + 1 if rule == "keep" else choices * (choices + 1) // 2
+
+
+def evaluations_of(result: Mapping[str, Any]) -> int | None:
+    """How many a search took, by its result.json; None where that does not tell."""
+    if "decisions" not in result:
+        return result.get("evaluated")
+    sizes = [len(decision["accuracy_without"]) for decision in result["decisions"]]
+    return sum(needed(n, result.get("rule", "keep")) for n in sizes)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -90,12 +136,15 @@ def corners(run: SearchRun) -> list[Entry]:
     ]
 
 
-def fixed_perturbation(evaluations: Evaluations, progress: Callable[[], None]) -> Entry:
+def fixed_perturbation(
+    evaluations: Evaluations, progress: Callable[[], None], prefixes: PrefixCache | None = None
+) -> Entry:
     """Perturbation with uniform probabilities: DARTS-PT found it as good as learned ones."""
-    search = PerturbationSearch(evaluations, alphas=None)
-    for _ in search.decide_all(progress):
-        pass
-    return Entry("fixed alpha + perturbation", "control", search.state.arch())
+    search = PerturbationSearch(evaluations, alphas=None, prefixes=prefixes)
+    made = list(search.decide_all(progress))
+    count = sum(needed(len(decision.accuracy), search.rule) for decision in made)
+    name = "fixed alpha + perturbation"
+    return Entry(name, "control", search.state.arch(), evaluations=count)
 
 
 def evolution_of_size(
@@ -106,16 +155,19 @@ def evolution_of_size(
     seed: int,
     progress: Callable[[], None],
 ) -> Entry:
-    """Evolution with at most a pick's parameters and so many evaluations, in four generations."""
+    """Evolution with at most a pick's parameters and so many evaluations, in four generations of
+    two or more (in fewer where there are too few evaluations)."""
     run, dataset = evaluations.run, evaluations.datasets[0]
     most = cost_of(run.config, arch, dataset)[0]
     constraints = Constraints([Range("params", dataset, 0, most)], run.config, run.net.space)
-    quarter = max(candidates // 4, 2)
-    options = EvolutionOptions(quarter, 4, max(quarter // 2, 1), -(-quarter // 2), quarter // 2)
+    generations = max(min(4, candidates // 2), 1)
+    size = candidates // generations
+    options = EvolutionOptions(size, generations, max(size // 2, 2), -(-size // 2), size // 2)
     evolution = Evolution(ArchScorer(evaluations), constraints, options, seed)
     for _ in evolution.generations(progress):
         pass
-    return Entry(f"evolution, {pick}'s size", "control", evolution.ranked()[0])
+    name, ranked = f"evolution, {pick}'s size", evolution.ranked()
+    return Entry(name, "control", ranked[0], evaluations=len(ranked))
 
 
 def random_alike(

@@ -11,6 +11,9 @@ from vimnas_ds.config import ConfigError
 
 Metric = Literal["top1", "loss"]
 
+#: how the weighted mean over datasets is called; no dataset can be
+MEAN = "mean of datasets"
+
 
 @dataclass(frozen=True)
 class Objective:

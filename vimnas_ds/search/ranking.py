@@ -3,7 +3,8 @@
 Inherited accuracies (the supernet's weights) and stand-alone ones (own weights, same recipe) on the
 same `select` samples are compared by Kendall's tau-b, with two bootstrap intervals: over the
 sub-networks (would others rank as well?) and over the samples (is the split large enough?). A
-search gains where tau is above 0, and above the tau of parameters: larger ones are mostly better.
+search gains where tau is above 0, and above the tau of parameters: larger ones are mostly better
+(an interval of the difference too, over the sub-networks).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.report.table import format_table
+from vimnas_ds.search.objective import MEAN
 from vimnas_ds.search.scoring import Scored
 from vimnas_ds.search.statistics import Indices, bootstrap_interval, kendall_tau_b, spearman
 from vimnas_ds.space import Arch, SearchSpace
@@ -33,9 +35,6 @@ FEWEST = 12
 FEW_SAMPLES = 30
 #: members that the choice is made from, all of a smaller space
 POOL = 2000
-
-#: how the mean over datasets is called; no dataset can be
-MEAN = "mean of datasets"
 
 Hits = NDArray[np.float64]  # (A, N): 1 where sub-network a is right on sample n
 Vector = NDArray[np.float64]  # (A,)
@@ -79,6 +78,8 @@ class Agreement:
     high_over_samples: float
     spearman: float
     tau_of_params: float  #: of the parameters' order with the stand-alone one
+    gain_low: float  #: 95 % interval of tau - tau_of_params over the sub-networks
+    gain_high: float
 
     def __str__(self) -> str:
         return f"tau {self.tau:.2f} [{self.low:.2f}, {self.high:.2f}]"
@@ -88,38 +89,50 @@ class Agreement:
         if math.isnan(self.tau):
             return (
                 "tau is undefined: all sub-networks have one and the same accuracy, so there is no "
-                "order to compare; train longer, or hold out more samples (vimnas.data.held_out)"
+                "order to compare; train the supernet anew for longer, or with a larger "
+                "vimnas.data.held_out"
             )
         if self.low <= 0 <= self.high:
             return f"{self}: the interval contains 0: do not trust a search on this supernet yet"
         if self.high < 0:
             return f"{self}: the supernet ranks sub-networks upside down: do not trust a search"
         but = ""
-        if self.tau_of_params >= self.tau:
-            but = f", but no better than their parameters do (tau {self.tau_of_params:.2f})"
+        if not self.gain_low > 0:
+            but = (
+                f", but is not shown to do so better than their parameters (tau "
+                f"{self.tau_of_params:.2f}; difference [{self.gain_low:.2f}, {self.gain_high:.2f}])"
+            )
         return f"{self}: the supernet ranks sub-networks better than chance{but}"
 
 
 def agreement(
-    inherited: Sequence[Hits], alone: Sequence[Hits], params: Vector, seed: int
+    inherited: Sequence[Hits],
+    alone: Sequence[Hits],
+    params: Vector,
+    seed: int,
+    weights: Sequence[float] = (1.0,),
 ) -> Agreement:
-    """Of accuracies averaged over datasets: one (A, N) matrix a dataset in both arguments."""
+    """Of accuracies averaged over datasets: one (A, N) matrix and one weight a dataset."""
 
     def tau(*drawn: Indices) -> float:
-        a = mean_accuracy([h[:, i] for h, i in zip(inherited, drawn, strict=True)])
-        b = mean_accuracy([h[:, i] for h, i in zip(alone, drawn, strict=True)])
+        a = mean_accuracy([h[:, i] for h, i in zip(inherited, drawn, strict=True)], weights)
+        b = mean_accuracy([h[:, i] for h, i in zip(alone, drawn, strict=True)], weights)
         return kendall_tau_b(a, b)
 
-    x, y = mean_accuracy(inherited), mean_accuracy(alone)
+    def gain(i: Indices) -> float:
+        return kendall_tau_b(x[i], y[i]) - kendall_tau_b(params[i], y[i])
+
+    x, y = mean_accuracy(inherited, weights), mean_accuracy(alone, weights)
     over_archs = bootstrap_interval(lambda i: kendall_tau_b(x[i], y[i]), [len(x)], seed=seed)
     over_samples = bootstrap_interval(tau, [hits.shape[1] for hits in inherited], seed=seed)
-    tau_of_params = kendall_tau_b(params, y)
-    return Agreement(kendall_tau_b(x, y), *over_archs, *over_samples, spearman(x, y), tau_of_params)
+    of_params = kendall_tau_b(params, y), *bootstrap_interval(gain, [len(x)], seed=seed)
+    return Agreement(kendall_tau_b(x, y), *over_archs, *over_samples, spearman(x, y), *of_params)
 
 
-def mean_accuracy(hits: Sequence[Hits]) -> Vector:
-    """(A,) accuracies, unweighted mean over datasets; rounded, so that equal counts are ties."""
-    return np.round(sum(h.mean(1) for h in hits) / len(hits), 9)
+def mean_accuracy(hits: Sequence[Hits], weights: Sequence[float]) -> Vector:
+    """(A,) accuracies, weighted mean over datasets; rounded, so that equal counts are ties."""
+    total = sum(w * h.mean(1) for h, w in zip(hits, weights, strict=True))
+    return np.round(total / sum(weights), 9)
 
 
 def paired_hits(
@@ -176,8 +189,8 @@ class Ranking:
     def warnings(self) -> list[str]:
         """One sentence for each dataset with too few samples."""
         return [
-            f"{panel.name}: {panel.samples} samples are too few to rank sub-networks by; hold out "
-            "more of the training files (vimnas.data.held_out), or leave it out with --datasets"
+            f"{panel.name}: {panel.samples} samples are too few to rank sub-networks by; train the "
+            "supernet anew with a larger vimnas.data.held_out, or leave it out with --datasets"
             for panel in self.panels
             if panel.samples < FEW_SAMPLES
         ]
@@ -197,9 +210,10 @@ class Ranking:
             over_samples = f"[{a.low_over_samples:.2f}, {a.high_over_samples:.2f}]"
             cells = [f"{a.tau:.2f}", f"[{a.low:.2f}, {a.high:.2f}]", over_samples]
             cells += [f"{a.spearman:.2f}", f"{a.tau_of_params:.2f}"]
+            cells += [f"[{a.gain_low:.2f}, {a.gain_high:.2f}]"]
             rows.append([panel.name, f"{panel.samples:,}", *cells])
         head = ["dataset", "samples", "tau", "over sub-networks", "over samples", "spearman"]
-        return f"{accuracies}\n\n{format_table([*head, 'tau of params'], rows)}"
+        return f"{accuracies}\n\n{format_table([*head, 'tau of params', 'tau above it'], rows)}"
 
     def write(self, folder: Path, details: Mapping[str, Any]) -> None:
         """ranking.json and ranking.csv; undefined numbers are null in the one."""
@@ -228,16 +242,19 @@ def build_ranking(
     alone: Sequence[Scored],
     seed: int,
 ) -> Ranking:
-    """Compare both scores of `archs` on every dataset that they have."""
-    names = list(inherited[0].outcomes)
+    """Compare both scores of `archs` on every dataset that they have, and on their mean by the
+    objective's weights."""
+    weights = inherited[0].objective.weights
+    names = list(weights)
     params = np.array([max(cost_of(config, a, n)[0] for n in names) for a in archs], np.float64)
     hits = {name: paired_hits(inherited, alone, name) for name in names}
 
     def panel(name: str, datasets: Sequence[str]) -> Panel:
         x, y = ([hits[d][side] for d in datasets] for side in (0, 1))
         samples = sum(h.shape[1] for h in x)
-        found = agreement(x, y, params, seed)
-        return Panel(name, mean_accuracy(x), mean_accuracy(y), samples, found)
+        shares = [weights[d] for d in datasets]
+        found = agreement(x, y, params, seed, shares)
+        return Panel(name, mean_accuracy(x, shares), mean_accuracy(y, shares), samples, found)
 
     panels = [panel(name, [name]) for name in names]
     return Ranking(archs, params, panels + ([panel(MEAN, names)] if len(names) > 1 else []))
