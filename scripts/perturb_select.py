@@ -169,7 +169,7 @@ def search(args: argparse.Namespace) -> int:
 
 
 def as_rows(decisions: Sequence[Decision]) -> list[DecisionRow]:
-    return [DecisionRow(d.name, d.drop, d.kept, d.margin, d.margin_se, d.note) for d in decisions]
+    return [DecisionRow(d.name, d.drop, d.kept, *d.margin, d.note) for d in decisions]
 
 
 def main(argv: list[str] | None = None) -> int:
