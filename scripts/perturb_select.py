@@ -155,11 +155,11 @@ def search(args: argparse.Namespace) -> int:
     if board is not None:
         write_result(folder, result_object(run, "perturbation", arch, scored, details))
         if decisions:
-            figure = drops_figure(as_rows(decisions))
+            figure = drops_figure(as_rows(decisions), args.metric)
             board.figure("drops", figure)
             write_figure(figure, folder / "drops.png")
         board.close()
-        print(decisions_table(as_rows(decisions)))
+        print(decisions_table(as_rows(decisions), args.metric))
         unsure = sum(d.in_noise for d in decisions)
         print(f"{unsure} of {len(decisions)} decisions are within two standard errors of the noise")
         print(f"picked: {arch}\nmean top-1 on select {scored.accuracy:.1%}; written to {folder}")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from scripts.evolve import spread
 from tests.small import small_config
 from vimnas_ds.config import ConfigError, parse_config
 from vimnas_ds.data.listing import Sample
@@ -246,7 +247,32 @@ def test_evolution_finds_the_known_optimum_under_a_budget(tmp_path, budget):
     assert len(members) == len(set(members)) == len(scorer.scores)  # nobody twice
     batches = -(-SAMPLES // 64)
     assert evaluations.run.net.passes == len(members) * batches * len(DATASETS)
-    assert [g.best_accuracy for g in history] == sorted(g.best_accuracy for g in history)
+    assert [g.best_value for g in history] == sorted(g.best_value for g in history)
+
+
+def test_by_the_loss_the_best_so_far_is_the_lowest_loss_though_its_accuracy_be_worse(tmp_path):
+    class Sure(PlantedNet):
+        """The more often right, the surer where wrong."""
+
+        def forward(self, x, arch, dataset):
+            logits = self._logits(x, worth(arch))
+            wrong = logits[:, :1] > logits[:, 1:]
+            return torch.where(wrong, logits / (1 - worth(arch)) ** 4, logits)
+
+    objective = parse_objective(None, DATASETS, "loss")
+    evaluations = open_planted(Sure(), tmp_path, objective=objective)
+    scorer = ArchScorer(evaluations)
+    anything = Constraints([], evaluations.run.config, NANO)
+    options = EvolutionOptions(population=4, generations=6, crossovers=4, mutations=4)
+    history = list(Evolution(scorer, anything, options, 0).generations(lambda: None))
+    shown = [spread(g, "loss")["best"] for g in history]
+    assert shown == sorted(shown, reverse=True)
+    assert shown[-1] == min(s.loss for s in scorer.scores.values())
+    assert spread(history[0], "loss")["worst"] == max(
+        scorer.scores[m].loss for m in history[0].members
+    )
+    accuracies = [scorer.scores[g.best].accuracy for g in history]
+    assert accuracies != sorted(accuracies)
 
 
 def test_evolution_beats_random_search_where_the_space_cannot_be_exhausted(tmp_path):
