@@ -21,6 +21,7 @@ from vimnas_ds.report import pictures
 from vimnas_ds.report.board import Board, _by_kind
 from vimnas_ds.report.console import Console, StepTimer, format_duration, summarise
 from vimnas_ds.report.decisions import DecisionRow, decisions_table, drops_figure
+from vimnas_ds.report.search_board import SearchBoard
 from vimnas_ds.report.table import format_table
 from vimnas_ds.space import SPACES, Arch
 
@@ -403,3 +404,12 @@ def test_drops_of_the_loss_are_nats_and_not_points():
         assert "top-1" not in text
     assert "12: +0.0312  13: -0.0040" in table
     assert "0.0352 +- inf" in table
+
+
+def test_a_killed_search_leaves_the_drops_of_every_decision(tmp_path):
+    rows = [DecisionRow("depth", {12: 0.03, 13: 0.0}, 12, 0.03, 0.01, "")]
+    board = SearchBoard(tmp_path)
+    for number in range(2):
+        board.figure("drops", drops_figure(rows * (number + 1), "top1"), number)
+        assert [e.step for e in read(tmp_path).Images("drops")] == list(range(number + 1))
+    board.close()

@@ -70,7 +70,9 @@ class SearchBoard:
             self._writer.add_scalar(tag, value, step)
 
     def figure(self, tag: str, figure: Figure, step: int = 0) -> None:
+        """On the disk when it returns, with all before it: a search may be killed."""
         self._writer.add_image(tag, render(figure), step, dataformats="HWC")
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

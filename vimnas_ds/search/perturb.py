@@ -223,6 +223,11 @@ class PerturbationSearch:
             return sum(n + 1 for n in sizes if n > 1)
         return sum(n * (n + 1) // 2 for n in sizes if n > 1)
 
+    def num_tunings(self) -> int:
+        """How many tunings the search still does at most."""
+        undecided = sum(len(c) > 1 for c in self.state.open.values())
+        return max(undecided - 1, 0) if self.tune is not None else 0
+
     def decide_all(self, progress: Callable[[], None]) -> Iterator[Decision]:
         """Yield every decision as it is made; `progress` is called after each evaluation."""
         tuned = True  # or nothing is decided yet
