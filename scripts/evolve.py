@@ -21,6 +21,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from vimnas_ds.config import ConfigError
 from vimnas_ds.report.search_board import SearchBoard, candidates_figure
 from vimnas_ds.report.table import format_table
 from vimnas_ds.search.budget import add_budget_arguments, read_budget
@@ -73,10 +74,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--pick",
-        default="knee",
         metavar="knee|best|BUDGET",
-        help="the front's point that arch.json gets: the knee (default), the most accurate one, or "
-        "that within a budget",
+        help="with --pareto: the front's point that arch.json gets: the knee (default), the most "
+        "accurate one, or that within a budget",
     )
     defaults = EvolutionOptions()
     for name, text in HELP.items():
@@ -87,14 +87,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def search(args: argparse.Namespace) -> int:
-    options = EvolutionOptions(**{name: getattr(args, name) for name in HELP})
+def check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options that do not go together, or impossible ones."""
     check_samples(args.samples)
+    if args.pareto is not None and args.metric != "top1":
+        raise ConfigError(
+            f"--pareto seeks a front of accuracy: leave out --metric {args.metric}, or --pareto"
+        )
+    if args.pick is not None and args.pareto is None:
+        raise ConfigError(f"--pick {args.pick} chooses a point of a front: add --pareto")
+
+
+def search(args: argparse.Namespace) -> int:
+    check(args)
+    options = EvolutionOptions(**{name: getattr(args, name) for name in HELP})
     ranks = start_ranks(SEARCH_TIMEOUT, engine=False)
     run = open_run(args.checkpoint, ranks, args.set, args.samples)
     model, constraints, against = read_budget(args, run, args.pareto)
     name = "evolution" if against is None else "front"
-    pick = parse_pick(args.pick, constraints.reach(against)[0] if against is not None else 0.0)
+    asked = args.pick or "knee"
+    pick = parse_pick(asked, constraints.reach(against)[0] if against is not None else 0.0)
     folder = args.out or run.files.root / name
     board = SearchBoard(args.out or run.files.tensorboard / name) if ranks.is_main else None
     evaluations = open_evaluations(run, args, folder)
@@ -107,7 +119,7 @@ def search(args: argparse.Namespace) -> int:
     for generation in evolution.generations(progress):
         history.append(generation)
         if board is not None:
-            board.scalars(spread(generation), generation.number)
+            board.scalars(spread(generation, args.metric), generation.number)
             if against is not None:
                 front = front_object(evolution, pick, model, datasets)
                 sizes = {"hypervolume": front["hypervolume"], "front_size": len(front["points"])}
@@ -122,18 +134,18 @@ def search(args: argparse.Namespace) -> int:
         details = {
             "constraints": [str(r) for r in constraints.ranges],
             "evaluated": len(scorer.scores),
-            "generations": [{"number": g.number, **spread(g)} for g in history],
+            "generations": [{"number": g.number, **spread(g, args.metric)} for g in history],
             "costs": model.costs(best, datasets),
         }
         write_result(folder, result_object(run, name, best, scorer.scores[best], details))
         board.figure("score_against_params", candidates(evolution, best))
         board.close()
-        print(describe(history))
+        print(describe(history, args.metric))
         if len(history) < options.generations:
             print(f"stopped after {len(history)} generations: no new sub-network was found")
         if against is not None:
             print(front_table(front))
-        which = "best" if against is None else f"picked ({args.pick})"
+        which = "best" if against is None else f"picked ({asked})"
         print(f"{which} of {len(scorer.scores)}: {best}")
         print(f"mean top-1 on select {scorer.scores[best].accuracy:.1%}; written to {folder}")
         say_left_out(run.left_out())
@@ -147,27 +159,36 @@ def candidates(evolution: Evolution, best: Arch) -> Figure:
     params = [max(p for p, _ in scorer.costs(a).values()) for a in ranked]
     ranges = "; ".join(map(str, evolution.constraints.ranges)) or "no constraint"
     title = f"{len(ranked)} candidates; {ranges}"
-    accuracies = [scorer.scores[a].accuracy for a in ranked]
-    return candidates_figure(params, accuracies, ranked.index(best), title)
+    objective = scorer.evaluations.objective
+    values = [sign_of(objective.metric) * scorer.scores[a].value for a in ranked]
+    return candidates_figure(params, values, ranked.index(best), title, objective.metric)
 
 
-def spread(generation: Generation) -> dict[str, float]:
-    """The best so far, and the members' mean, lowest and standard deviation."""
-    found = generation.accuracies
+def sign_of(metric: str) -> int:
+    """Of what is shown, against what is maximised."""
+    return -1 if metric == "loss" else 1
+
+
+def spread(generation: Generation, metric: str) -> dict[str, float]:
+    """The best so far, and the members' mean, worst and standard deviation: accuracies, or
+    losses."""
+    found, sign = generation.values, sign_of(metric)
     return {
-        "best": generation.best_accuracy,
-        "mean": statistics.fmean(found),
-        "lowest": min(found),
+        "best": sign * generation.best_value,
+        "mean": sign * statistics.fmean(found),
+        "worst": sign * min(found),
         "spread": statistics.pstdev(found),
     }
 
 
-def describe(history: list[Generation]) -> str:
+def describe(history: list[Generation], metric: str) -> str:
+    form = ".4f" if metric == "loss" else ".1%"
     rows = [
-        [str(g.number), str(len(g.members)), *(f"{v:.1%}" for v in spread(g).values())]
+        [str(g.number), str(len(g.members)), *(f"{v:{form}}" for v in spread(g, metric).values())]
         for g in history
     ]
-    return format_table(["generation", "new", "best so far", "mean", "lowest", "spread"], rows)
+    best = "best loss so far" if metric == "loss" else "best top-1 so far"
+    return format_table(["generation", "new", best, "mean", "worst", "spread"], rows)
 
 
 def main(argv: list[str] | None = None) -> int:

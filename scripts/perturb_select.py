@@ -9,7 +9,8 @@ Each decision costs one evaluation of the superposed network on the `select` spl
 and one more; what lies before the perturbed layer is computed once and kept, which halves the time
 where memory allows. The demo takes about half a minute on a CPU. Writes to RUN/perturbation:
 result.json, arch.json, evaluations.csv, drops.png and, when tuning, decisions/NN-NAME/ after each.
-Drops per decision, and the accuracy before it, go to TensorBoard. The test splits are not read.
+After every decision, all drops so far and the accuracy before it go to TensorBoard. The test splits
+are not read.
 Exit code 2: the checkpoint, the data or an argument cannot be used.
 """
 
@@ -135,13 +136,21 @@ def search(args: argparse.Namespace) -> int:
     if args.resume and stages is not None:
         chooser.go_on_from(stages.resume())
     progress = Progress(chooser.num_evaluations(), "perturbation", ranks.world_size, ranks.is_main)
+    tuning = None
+    if tuner is not None:
+        steps = args.tune_steps * chooser.num_tunings()
+        tuner.progress = tuning = Progress(steps, "tuning steps", 1, ranks.is_main)
     events = args.out or run.files.tensorboard / "perturbation"
     board = SearchBoard(events) if ranks.is_main else None
     decisions: list[Decision] = []
     for decision in chain(tuple(chooser.made), chooser.decide_all(progress)):
-        if board is not None:
-            board.scalars({"accuracy_before_decision": decision.accuracy_before}, len(decisions))
         decisions.append(decision)
+        if board is not None:
+            number = len(decisions) - 1
+            board.scalars({"accuracy_before_decision": decision.accuracy_before}, number)
+            board.figure("drops", drops_figure(as_rows(decisions), args.metric), number)
+    if tuning is not None:
+        tuning.close()
     progress.close()
     arch = chooser.state.arch()
     details = {**asked, "decisions": [d.to_json() for d in decisions]}
@@ -155,11 +164,9 @@ def search(args: argparse.Namespace) -> int:
     if board is not None:
         write_result(folder, result_object(run, "perturbation", arch, scored, details))
         if decisions:
-            figure = drops_figure(as_rows(decisions))
-            board.figure("drops", figure)
-            write_figure(figure, folder / "drops.png")
+            write_figure(drops_figure(as_rows(decisions), args.metric), folder / "drops.png")
         board.close()
-        print(decisions_table(as_rows(decisions)))
+        print(decisions_table(as_rows(decisions), args.metric))
         unsure = sum(d.in_noise for d in decisions)
         print(f"{unsure} of {len(decisions)} decisions are within two standard errors of the noise")
         print(f"picked: {arch}\nmean top-1 on select {scored.accuracy:.1%}; written to {folder}")
@@ -169,7 +176,7 @@ def search(args: argparse.Namespace) -> int:
 
 
 def as_rows(decisions: Sequence[Decision]) -> list[DecisionRow]:
-    return [DecisionRow(d.name, d.drop, d.kept, d.margin, d.margin_se, d.note) for d in decisions]
+    return [DecisionRow(d.name, d.drop, d.kept, *d.margin, d.note) for d in decisions]
 
 
 def main(argv: list[str] | None = None) -> int:

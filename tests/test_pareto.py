@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from scripts import evolve
 from tests.small import small_config
 from vimnas_ds.config import ConfigError, parse_config
 from vimnas_ds.search.constraints import Constraints, Range
@@ -194,3 +195,15 @@ def test_a_budget_below_everything_is_refused_before_the_search():
         parse_pick("40k", 50_000)
     with pytest.raises(ConfigError, match="write knee, best or a budget"):
         parse_pick("middle", 50_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--pareto", "--metric", "loss"], "front of accuracy: leave out --metric loss"),
+        (["--pick", "best"], "--pick best chooses a point of a front: add --pareto"),
+    ],
+)
+def test_options_that_a_front_does_not_go_with_are_refused(options, words, capsys):
+    assert evolve.main([*options, "--checkpoint", "nowhere"]) == 2
+    assert words in capsys.readouterr().err

@@ -248,6 +248,16 @@ class FakeTuner:
         self.position = dict(position)
 
 
+def test_no_more_tunings_than_foretold(tmp_path):
+    done = []
+    search = build_search(tmp_path, None, build_net(), tune=lambda space, made: done.append(space))
+    most = search.num_tunings()
+    list(search.decide_all(lambda: None))
+    unused = 2 * (SPACE.max_depth - search.state.arch().depth)
+    assert len(done) == most - unused
+    assert search.num_tunings() == max(unused - 1, 0)
+
+
 def staged(folder: Path, resume=False, kill_at=None, keep=2, **how):
     """The decisions of a tuned search in `folder`."""
     net = build_net()

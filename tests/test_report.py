@@ -21,6 +21,7 @@ from vimnas_ds.report import pictures
 from vimnas_ds.report.board import Board, _by_kind
 from vimnas_ds.report.console import Console, StepTimer, format_duration, summarise
 from vimnas_ds.report.decisions import DecisionRow, decisions_table, drops_figure
+from vimnas_ds.report.search_board import SearchBoard
 from vimnas_ds.report.table import format_table
 from vimnas_ds.space import SPACES, Arch
 
@@ -374,7 +375,7 @@ def test_drops_are_shown_with_their_margins_and_noise_is_called_so():
         DecisionRow("depth", {12: 0.031, 13: -0.004}, 12, 0.035, 0.011, ""),
         DecisionRow("mlp_ratio[0]", {3: 0, 3.5: 0.002, 4: 0.001}, 3.5, 0.001, 0.006, "noise"),
     ]
-    heat, margins = drops_figure(rows).axes
+    heat, margins = drops_figure(rows, "top1").axes
     cells = [t.get_text() for t in heat.texts]
     assert cells == ["12: +3.10", "13: -0.40", "3: +0.00", "3.5: +0.20", "4: +0.10"]
     assert [t.get_text() for t in heat.texts if t.get_weight() == "bold"] == [cells[0], cells[3]]
@@ -386,7 +387,29 @@ def test_drops_are_shown_with_their_margins_and_noise_is_called_so():
     assert [d.get_markerfacecolor() == "white" for d in dots] == [False, True]
     spans = [tuple(line.get_xdata()) for line in margins.lines if len(line.get_xdata()) == 2]
     assert spans[:2] == [pytest.approx((1.3, 5.7)), pytest.approx((2.4, 4.6))]
-    last = decisions_table(rows).splitlines()[-1].split("  ")
+    last = decisions_table(rows, "top1").splitlines()[-1].split("  ")
     assert [c.strip() for c in last if c.strip()] == [
         "mlp_ratio[0]", "3.5", "3: +0.00", "3.5: +0.20", "4: +0.10", "0.10 +- 0.60", "noise"
     ]  # fmt: skip
+
+
+def test_drops_of_the_loss_are_nats_and_not_points():
+    rows = [DecisionRow("depth", {12: 0.0312, 13: -0.004}, 12, 0.0352, math.inf, "within noise")]
+    heat, margins = drops_figure(rows, "loss").axes
+    assert [t.get_text() for t in heat.texts] == ["12: +0.0312", "13: -0.0040"]
+    assert [t.get_text() for t in margins.texts] == ["0.0352 ± inf *"]
+    table = decisions_table(rows, "loss")
+    for text in (heat.get_title(), table):
+        assert "loss (nats) gained without" in text
+        assert "top-1" not in text
+    assert "12: +0.0312  13: -0.0040" in table
+    assert "0.0352 +- inf" in table
+
+
+def test_a_killed_search_leaves_the_drops_of_every_decision(tmp_path):
+    rows = [DecisionRow("depth", {12: 0.03, 13: 0.0}, 12, 0.03, 0.01, "")]
+    board = SearchBoard(tmp_path)
+    for number in range(2):
+        board.figure("drops", drops_figure(rows * (number + 1), "top1"), number)
+        assert [e.step for e in read(tmp_path).Images("drops")] == list(range(number + 1))
+    board.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from scripts.evolve import spread
 from tests.small import small_config
 from vimnas_ds.config import ConfigError, parse_config
 from vimnas_ds.data.listing import Sample
@@ -23,7 +25,7 @@ from vimnas_ds.search.evolve import (
     sample_distinct,
 )
 from vimnas_ds.search.objective import parse_objective
-from vimnas_ds.search.perturb import OpenChoices, PerturbationSearch
+from vimnas_ds.search.perturb import Decision, Margin, OpenChoices, PerturbationSearch
 from vimnas_ds.search.scoring import (
     ArchScorer,
     EvaluationLog,
@@ -121,7 +123,8 @@ def test_perturbation_finds_the_planted_choices(tmp_path, planted, rule, order):
     assert search.state.arch() == planted
     unused = [f"{kind}[{layer}]" for kind in ("num_heads", "mlp_ratio")
               for layer in range(planted.depth, NANO.max_depth)]  # fmt: skip
-    assert not any(d.tied for d in made if d.name not in unused)
+    # losers may tie in an early elimination, the kept choice with nobody
+    assert all(d.rounds[-1].value > 0 for d in made if d.name not in unused)
     rows = evaluations.log.path.read_text().splitlines()
     assert len(rows) - 1 <= most
 
@@ -131,10 +134,38 @@ def test_the_report_says_drops_margins_and_noise(tmp_path):
     first = next(PerturbationSearch(evaluations, None).decide_all(lambda: None))
     assert (first.name, first.kept) == ("embed_dim", 48)
     assert first.drop[48] > 0 > first.drop[32]  # without a rival the planted one gains mass
-    assert first.margin == pytest.approx(min(first.accuracy[32], first.accuracy[64])
+    assert first.margin.value == pytest.approx(min(first.accuracy[32], first.accuracy[64])
                                          - first.accuracy[48])  # fmt: skip
     assert not first.in_noise
-    assert first.margin_se > 0
+    assert first.margin.se > 0
+
+
+def test_a_coin_flip_in_an_early_elimination_is_noise(tmp_path):
+    """Widths 32 and 64 are equally useless: which goes first is chance, that 48 stays is not."""
+
+    class Flip(PlantedNet):
+        def superposed(self, x, probabilities, dataset):
+            return self._logits(x, 0.1 + 0.6 * float(probabilities["embed_dim"][1]))
+
+    evaluations = open_planted(Flip(), tmp_path)
+    search = PerturbationSearch(evaluations, None, "eliminate")
+    first = next(search.decide_all(lambda: None))
+    assert (first.name, first.kept, len(first.rounds)) == ("embed_dim", 48, 2)
+    assert [m.in_noise for m in first.rounds] == [True, False]
+    assert first.rounds[1].value > 0.5
+    assert first.in_noise
+    assert first.margin == first.rounds[0]
+    assert Decision.from_json(first.to_json()) == first
+
+
+def test_a_margin_of_which_nothing_is_known_is_noise():
+    nan, inf = float("nan"), float("inf")
+    unknown = [Margin(nan, 0.1), Margin(0.5, inf), Margin(nan, nan), Margin(0, 0), Margin(0.2, 0.1)]
+    assert all(m.in_noise for m in unknown)
+    firm = [Margin(0.21, 0.1), Margin(0.1, 0)]
+    assert not any(m.in_noise for m in firm)
+    for one in unknown:
+        assert min([*firm, one], key=lambda m: m.certainty) is one
 
 
 def test_ties_go_by_loss(tmp_path):
@@ -148,7 +179,7 @@ def test_ties_go_by_loss(tmp_path):
     made = {d.name: d for d in search.decide_all(lambda: None)}
     assert made["depth"].tied
     assert made["depth"].kept == NANO.depth[0]
-    assert made["depth"].margin == 0.0
+    assert made["depth"].margin.value == 0.0
 
 
 def test_probabilities_are_renormalised_exactly_over_what_remains():
@@ -217,7 +248,32 @@ def test_evolution_finds_the_known_optimum_under_a_budget(tmp_path, budget):
     assert len(members) == len(set(members)) == len(scorer.scores)  # nobody twice
     batches = -(-SAMPLES // 64)
     assert evaluations.run.net.passes == len(members) * batches * len(DATASETS)
-    assert [g.best_accuracy for g in history] == sorted(g.best_accuracy for g in history)
+    assert [g.best_value for g in history] == sorted(g.best_value for g in history)
+
+
+def test_by_the_loss_the_best_so_far_is_the_lowest_loss_though_its_accuracy_be_worse(tmp_path):
+    class Sure(PlantedNet):
+        """The more often right, the surer where wrong."""
+
+        def forward(self, x, arch, dataset):
+            logits = self._logits(x, worth(arch))
+            wrong = logits[:, :1] > logits[:, 1:]
+            return torch.where(wrong, logits / (1 - worth(arch)) ** 4, logits)
+
+    objective = parse_objective(None, DATASETS, "loss")
+    evaluations = open_planted(Sure(), tmp_path, objective=objective)
+    scorer = ArchScorer(evaluations)
+    anything = Constraints([], evaluations.run.config, NANO)
+    options = EvolutionOptions(population=4, generations=6, crossovers=4, mutations=4)
+    history = list(Evolution(scorer, anything, options, 0).generations(lambda: None))
+    shown = [spread(g, "loss")["best"] for g in history]
+    assert shown == sorted(shown, reverse=True)
+    assert shown[-1] == min(s.loss for s in scorer.scores.values())
+    assert spread(history[0], "loss")["worst"] == max(
+        scorer.scores[m].loss for m in history[0].members
+    )
+    accuracies = [scorer.scores[g.best].accuracy for g in history]
+    assert accuracies != sorted(accuracies)
 
 
 def test_evolution_beats_random_search_where_the_space_cannot_be_exhausted(tmp_path):
@@ -359,3 +415,6 @@ def test_the_paired_error_is_that_of_the_difference():
     mean, error = paired_difference(first, less)
     assert mean == pytest.approx(float(difference[1:].mean()))
     assert error == pytest.approx(float(difference[1:].std()) / 7**0.5)
+    # one common sample has no variance that could be known
+    one = Scored({"k400": Outcomes(b[1:2], b[1:2], zero[1:2], names[1:2])}, only)
+    assert paired_difference(first, one) == (1.0, math.inf)

@@ -1,4 +1,4 @@
-"""TensorBoard of the searches: drops per decision, generations, every candidate against its size.
+"""TensorBoard of the searches: scalars and pictures; candidates against their size, fronts.
 
 By default they lie under the run's own tensorboard folder, one subfolder a search, replaced by the
 next one of its kind: `tensorboard --logdir RUN/tensorboard` shows training and searches together.
@@ -16,15 +16,17 @@ from vimnas_ds.report.pictures import render
 
 
 def candidates_figure(
-    params: Sequence[float], accuracies: Sequence[float], best: int, title: str
+    params: Sequence[float], values: Sequence[float], best: int, title: str, metric: str
 ) -> Figure:
-    """Every candidate's accuracy against its parameters; `best` (an index) is marked."""
+    """Every candidate's accuracy (or, by the metric "loss", loss) against its parameters; `best`
+    (an index) is marked."""
     figure = Figure(figsize=(5.2, 3.6), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    axes.scatter(params, [100 * a for a in accuracies], s=18, color="#4477aa", alpha=0.7)
-    axes.scatter([params[best]], [100 * accuracies[best]], s=70, facecolors="none", edgecolors="r")
+    shown = values if metric == "loss" else [100 * v for v in values]
+    axes.scatter(params, shown, s=18, color="#4477aa", alpha=0.7)
+    axes.scatter([params[best]], [shown[best]], s=70, facecolors="none", edgecolors="r")
     axes.set_xlabel("parameters")
-    axes.set_ylabel("mean top-1 on select (%)")
+    axes.set_ylabel("mean loss on select" if metric == "loss" else "mean top-1 on select (%)")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     return figure
@@ -68,7 +70,9 @@ class SearchBoard:
             self._writer.add_scalar(tag, value, step)
 
     def figure(self, tag: str, figure: Figure, step: int = 0) -> None:
+        """On the disk when it returns, with all before it: a search may be killed."""
         self._writer.add_image(tag, render(figure), step, dataformats="HWC")
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

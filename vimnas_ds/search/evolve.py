@@ -48,13 +48,14 @@ class EvolutionOptions:
 
 @dataclass(frozen=True)
 class Generation:
-    """One generation as evaluated: `best` is the best found so far, `accuracies` its members'."""
+    """One generation as evaluated: `best` is the best found so far; `values` are its members', of
+    what is maximised (accuracy, or minus the loss)."""
 
     number: int
     members: tuple[Arch, ...]
-    accuracies: tuple[float, ...]
+    values: tuple[float, ...]
     best: Arch
-    best_accuracy: float
+    best_value: float
 
 
 def crossover(a: Arch, b: Arch, space: SearchSpace, rng: random.Random) -> Arch:
@@ -118,9 +119,9 @@ class Evolution:
             yield Generation(
                 number,
                 tuple(members),
-                tuple(scores[m].accuracy for m in members),
+                tuple(scores[m].value for m in members),
                 ranked[0],
-                scores[ranked[0]].accuracy,
+                scores[ranked[0]].value,
             )
             members = self._children(self._choose(ranked))
             if not members:

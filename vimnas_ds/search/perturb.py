@@ -10,11 +10,12 @@ least, until one is left (Algorithm 1's last line read as backward elimination).
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,12 +98,34 @@ class OpenChoices:
         )
 
 
+class Margin(NamedTuple):
+    """A difference of two values, at least 0 on common samples, and its paired standard error."""
+
+    value: float
+    se: float
+
+    @property
+    def in_noise(self) -> bool:
+        """Whether it is not above two of its standard errors (nan is not)."""
+        return not self.value > 2 * self.se
+
+    @property
+    def certainty(self) -> float:
+        """In standard errors; lowest where nothing is known."""
+        if self.se == 0:
+            return math.inf if self.value > 0 else 0.0
+        ratio = self.value / self.se
+        return -math.inf if math.isnan(ratio) else ratio
+
+
 @dataclass(frozen=True)
 class Decision:
     """One decision as it was made. `accuracy[c]` and `loss[c]` are those without choice c; `drop`
-    is what its removal costs of what is maximised. `margin`: the runner-up's value without it,
-    minus the kept one's (the kept choice is missed more), with its paired standard error; under the
-    rule "eliminate" that is of the last round, between the two choices then left."""
+    is what its removal costs of what is maximised. `rounds`: a margin for each choice of the
+    search. Rule "keep" has one, the runner-up's value without it minus the kept one's (the kept
+    choice is missed more); rule "eliminate" one for each of its n - 1 eliminations, the value
+    without the eliminated choice minus that without the next to go. The reported `margin` is the
+    smallest of them relative to its standard error."""
 
     name: str
     kept: float
@@ -110,14 +133,17 @@ class Decision:
     accuracy: dict[float, float]
     loss: dict[float, float]
     drop: dict[float, float]
-    margin: float
-    margin_se: float
-    tied: bool  #: the values were equal, the other metric decided
+    rounds: tuple[Margin, ...]
+    tied: bool  #: in some round the values were equal, the other metric decided
+
+    @property
+    def margin(self) -> Margin:
+        return min(self.rounds, key=lambda m: m.certainty)
 
     @property
     def in_noise(self) -> bool:
-        """Whether the margin is below two of its standard errors."""
-        return self.margin <= 2 * self.margin_se
+        """Whether the margin of any round is within its noise."""
+        return any(m.in_noise for m in self.rounds)
 
     @property
     def note(self) -> str:
@@ -132,8 +158,9 @@ class Decision:
             "accuracy_without": {f"{c:g}": a for c, a in self.accuracy.items()},
             "loss_without": {f"{c:g}": v for c, v in self.loss.items()},
             "drop": {f"{c:g}": d for c, d in self.drop.items()},
-            "margin": self.margin,
-            "margin_se": self.margin_se,
+            "margin": self.margin.value,
+            "margin_se": self.margin.se,
+            "rounds": [{"margin": m.value, "margin_se": m.se} for m in self.rounds],
             "in_noise": self.in_noise,
             "tied": self.tied,
         }
@@ -145,8 +172,8 @@ class Decision:
             for key in ("accuracy_without", "loss_without", "drop")
         )
         kept, before = found["kept"], found["accuracy_before"]
-        margin = found["margin"], found["margin_se"]
-        return cls(found["decision"], kept, before, accuracy, loss, drop, *margin, found["tied"])
+        rounds = tuple(Margin(m["margin"], m["margin_se"]) for m in found["rounds"])
+        return cls(found["decision"], kept, before, accuracy, loss, drop, rounds, found["tied"])
 
 
 @dataclass
@@ -197,6 +224,11 @@ class PerturbationSearch:
             return sum(n + 1 for n in sizes if n > 1)
         return sum(n * (n + 1) // 2 for n in sizes if n > 1)
 
+    def num_tunings(self) -> int:
+        """How many tunings the search still does at most."""
+        undecided = sum(len(c) > 1 for c in self.state.open.values())
+        return max(undecided - 1, 0) if self.tune is not None else 0
+
     def decide_all(self, progress: Callable[[], None]) -> Iterator[Decision]:
         """Yield every decision as it is made; `progress` is called after each evaluation."""
         tuned = True  # or nothing is decided yet
@@ -214,6 +246,7 @@ class PerturbationSearch:
     def _decide(self, name: str, progress: Callable[[], None]) -> Decision:
         state, choices = self.state, self.state.choices[name]
         first: dict[int, Scored] = {}
+        rounds, tied = list[Margin](), False
         while len(state.open[name]) > 1:
             options: list[int | None] = [None, *state.open[name]] if not first else []
             options = options or list(state.open[name])
@@ -223,12 +256,14 @@ class PerturbationSearch:
                 first = dict(zip(state.open[name], scored, strict=True))
             # removing the best choice leaves the worst network
             ranked = sorted(zip(state.open[name], scored, strict=True), key=lambda p: p[1].rank_key)
-            if self.rule == "keep" or len(ranked) == 2:
+            if self.rule == "keep":
                 state.decide(name, ranked[0][0])
-                kept, runner_up = ranked[0][1], ranked[1][1]
+                lower, higher = ranked[0][1], ranked[1][1]
             else:
                 state.eliminate(name, ranked[-1][0])
-        margin, error = paired_difference(runner_up, kept)
+                lower, higher = ranked[-2][1], ranked[-1][1]
+            rounds.append(Margin(*paired_difference(higher, lower)))
+            tied = tied or lower.rank_key[0] == higher.rank_key[0]
         return Decision(
             name,
             state.value(name),
@@ -236,9 +271,8 @@ class PerturbationSearch:
             {choices[i]: s.accuracy for i, s in first.items()},
             {choices[i]: s.loss for i, s in first.items()},
             {choices[i]: before.value - s.value for i, s in first.items()},
-            margin,
-            error,
-            kept.rank_key[0] == runner_up.rank_key[0],
+            tuple(rounds),
+            tied,
         )
 
     def _score(

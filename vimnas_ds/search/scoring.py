@@ -85,7 +85,8 @@ class Scored:
 
 
 def paired_difference(a: Scored, b: Scored) -> tuple[float, float]:
-    """The value of `a` minus that of `b` on the same samples, and its standard error."""
+    """The value of `a` minus that of `b` on the same samples, and its standard error
+    (infinite where a dataset has fewer than two of them)."""
     mean = variance = 0.0
     for name, weight in a.objective.weights.items():
         ours, theirs = a.outcomes[name], b.outcomes[name]
@@ -98,8 +99,8 @@ def paired_difference(a: Scored, b: Scored) -> tuple[float, float]:
         else:
             difference = mine - other
         mean += weight * float(difference.mean())
-        if len(difference) > 1:
-            variance += weight**2 * float(difference.var()) / len(difference)
+        known = len(difference) > 1
+        variance += weight**2 * float(difference.var()) / len(difference) if known else math.inf
     return mean, math.sqrt(variance)
 
 
