@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.small import small_config
 from vimnas_ds.config import ConfigError, parse_config
 from vimnas_ds.search.constraints import Constraints, Range
 from vimnas_ds.search.evolve import Evolution, EvolutionOptions
-from vimnas_ds.search.front import choose_point, front_object, front_table, parse_pick
+from vimnas_ds.search.front import choose_point, draw_front, front_object, front_table, parse_pick
 from vimnas_ds.search.pareto import Point, crowding, front, hypervolume, knee, survivors
 from vimnas_ds.search.resources import CostModel
 from vimnas_ds.space import SPACES, Arch, SearchSpace
@@ -23,10 +24,21 @@ NANO, CONFIG = SPACES["nano"], parse_config(small_config())
 @dataclass(frozen=True)
 class Planted:
     accuracy: float
+    objective = SimpleNamespace(weights={"imagenet": 0.75, "k400": 0.25})
 
     @property
     def loss(self) -> float:
         return 1 - self.accuracy
+
+    @property
+    def value(self) -> float:
+        return self.accuracy
+
+    @property
+    def outcomes(self):
+        score = SimpleNamespace(top1=self.accuracy, count=50)
+        other = SimpleNamespace(top1=0.5, count=200)
+        return {"imagenet": SimpleNamespace(score=score), "k400": SimpleNamespace(score=other)}
 
     @property
     def rank_key(self) -> tuple[float, float]:
@@ -182,8 +194,14 @@ def test_the_front_as_written_has_every_point_its_costs_and_the_pick():
     assert written["picked"] == len(archs) - 1
     for arch, point in zip(archs, written["points"], strict=True):
         assert point["cost"] == point["costs"]["params"]["k400"] == found.against.value(arch)
-        assert point["accuracy"] == worth(arch)
+        accuracy = point["accuracy"]
+        assert accuracy == worth(arch)
+        variance = 0.75**2 * accuracy * (1 - accuracy) / 50 + 0.25**2 * 0.25 / 200
+        assert point["accuracy_se"] == pytest.approx(variance**0.5)
         assert set(point["costs"]) == {"params", "gflops", "memory_mb"}
+    (bars,) = draw_front(found, written).axes[0].containers
+    drawn = [(high - low) / 200 for (_, low), (_, high) in bars.lines[2][0].get_segments()]
+    assert drawn == pytest.approx([p["accuracy_se"] for p in written["points"]])
     lines = front_table(written).splitlines()
     assert len(lines) == 2 + len(archs)
     assert [i for i, line in enumerate(lines[2:]) if " * " in line] == [written["picked"]]

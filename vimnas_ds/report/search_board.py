@@ -36,18 +36,23 @@ def front_figure(
     costs: Sequence[float],
     accuracies: Sequence[float],
     front: Sequence[int],
+    errors: Sequence[float],
     pick: int,
     cost_name: str,
 ) -> Figure:
     """Every candidate's accuracy against a cost; the `front`'s indices (cheapest first) joined in
-    steps, for between two of them a budget buys the cheaper one; `pick` (an index) is marked."""
+    steps, for between two of them a budget buys the cheaper one, with one standard error of their
+    accuracies (`errors`, by the front's order); `pick` (an index) is marked."""
     figure = Figure(figsize=(6.4, 4.2), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     points = [100 * a for a in accuracies]
     axes.scatter(costs, points, s=14, color="#bbbbbb", label=f"{len(points)} evaluated")
     x, y = [costs[i] for i in front], [points[i] for i in front]
     axes.step(x, y, where="post", color="#4477aa", linewidth=1.2)
-    axes.scatter(x, y, s=26, color="#4477aa", label=f"front of {len(front)}", zorder=3)
+    bars = [100 * e for e in errors]
+    axes.errorbar(x, y, bars, fmt="none", ecolor="#4477aa", elinewidth=1, capsize=2)
+    label = f"front of {len(front)}, +- one standard error"
+    axes.scatter(x, y, s=26, color="#4477aa", label=label, zorder=3)
     picked = axes.scatter([costs[pick]], [points[pick]], s=110, label="picked", zorder=4)
     picked.set(facecolor="none", edgecolor="#bb5566", linewidth=1.6)
     axes.set_xlabel(cost_name)

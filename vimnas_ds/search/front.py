@@ -7,12 +7,14 @@
   "points": [{                                 cheapest first
     "arch": {...}, "cost": 89016.0,
     "accuracy", "loss",                        as in result.json
+    "accuracy_se": 0.012,                      its standard error, of the samples drawn
     "costs": {RESOURCE: {DATASET: value}}}]}   everything known
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from vimnas_ds.search.constraints import format_cost, parse_number
 from vimnas_ds.search.evolve import Evolution
 from vimnas_ds.search.pareto import Point, hypervolume, knee
 from vimnas_ds.search.resources import CostModel
+from vimnas_ds.search.scoring import Scored
 from vimnas_ds.space import Arch
 
 
@@ -52,6 +55,16 @@ def choose_point(points: Sequence[Point], pick: str | float) -> int:
     return max(i for i, p in enumerate(points) if p.cost <= pick)
 
 
+def accuracy_error(scored: Scored) -> float:
+    """The standard error of the weighted mean accuracy, by the samples' number (binomial)."""
+    scores = {name: scored.outcomes[name].score for name in scored.objective.weights}
+    variance = sum(
+        weight**2 * scores[name].top1 * (1 - scores[name].top1) / scores[name].count
+        for name, weight in scored.objective.weights.items()
+    )
+    return math.sqrt(variance)
+
+
 def front_object(
     evolution: Evolution, pick: str | float, model: CostModel, datasets: Sequence[str]
 ) -> dict[str, Any]:
@@ -68,6 +81,7 @@ def front_object(
                 "arch": json.loads(arch.to_json()),
                 "cost": point.cost,
                 "accuracy": point.accuracy,
+                "accuracy_se": accuracy_error(scores[arch]),
                 "loss": scores[arch].loss,
                 "costs": model.costs(arch, datasets),
             }
@@ -83,7 +97,8 @@ def draw_front(evolution: Evolution, found: Mapping[str, Any]) -> Figure:
     archs = evolution.ranked()
     front = [archs.index(Arch.from_json(p["arch"])) for p in found["points"]]
     costs, accuracies = [against.value(a) for a in archs], [scores[a].accuracy for a in archs]
-    return front_figure(costs, accuracies, front, front[found["picked"]], str(against))
+    errors = [p["accuracy_se"] for p in found["points"]]
+    return front_figure(costs, accuracies, front, errors, front[found["picked"]], str(against))
 
 
 def write_front(folder: Path, evolution: Evolution, found: Mapping[str, Any]) -> None:
@@ -99,7 +114,7 @@ def front_table(found: Mapping[str, Any]) -> str:
     rows = [
         [
             format_cost(resource, p["cost"]),
-            f"{p['accuracy']:.1%}",
+            f"{p['accuracy']:.1%} +- {p['accuracy_se']:.1%}",
             f"{p['loss']:.4f}",
             "*" if i == found["picked"] else "",
             str(Arch.from_json(p["arch"])),
