@@ -85,7 +85,9 @@ def test_a_search_that_was_killed_goes_on_and_ends_the_same(results, trained, fo
     command = [sys.executable, str(ROOT / "scripts" / "evolve.py"), *options, *BUDGET, *SMALL]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.DEVNULL) as running:
-        while running.poll() is None and not list(cache.glob("ssv2-*")):
+        while running.poll() is None and not any(
+            file.stat().st_size for file in cache.glob("ssv2-*")
+        ):
             time.sleep(0.005)
         running.send_signal(signal.SIGKILL)
     assert running.returncode == -signal.SIGKILL
@@ -308,7 +310,7 @@ def test_a_killed_tuned_search_goes_on_to_the_same_result(trained, folder):
     expected = search("perturb_select.py", trained, folder / "whole", *options)
     rows = list(csv.DictReader((folder / "whole" / "evaluations.csv").open()))
     assert rows[-2]["loss"] != rows[-1]["loss"]  # the pick, tuned and as the checkpoint has it
-    out = folder / "killed"
+    out = folder / "killed_tuned"
     command = [sys.executable, str(ROOT / "scripts" / "perturb_select.py"), *options]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
