@@ -323,6 +323,6 @@ def test_a_killed_tuned_search_goes_on_to_the_same_result(trained, folder):
     assert running.wait() == -9
     assert not (out / "result.json").exists()
     assert search("perturb_select.py", trained, out, *options, "--resume") == expected
-    a, b = ((folder / d / "evaluations.csv").read_text() for d in ("whole", "killed"))
+    a, b = ((folder / d / "evaluations.csv").read_text() for d in ("whole", "killed_tuned"))
     assert a == b
     assert (out / "drops.png").read_bytes().startswith(b"\x89PNG")
