@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -538,3 +539,20 @@ def test_two_thousand_clips_leave_no_file_open_and_no_memory_behind(tmp_path: Pa
         assert resident() - memory < 16 * 2**20  # a leaked clip is 12 KiB, a decoder over 100
         assert loader.seen == 2500
         loader.close()
+
+
+def test_a_queue_that_is_emptied_by_its_readers_meanwhile_is_not_waited_for() -> None:
+    class LastJobTaken(SimpleQueue[Any]):
+        def empty(self) -> bool:
+            return False  # a reader takes the last job right after this answer
+
+    with Readers(1, 60.0) as pool:
+        pool._jobs.put(None)  # its reader goes home
+        pool._readers[0].join()
+        pool._jobs = LastJobTaken()
+        job = pool.submit(int)
+        ending = threading.Thread(target=pool._end_queued, args=(ValueError("gone"),), daemon=True)
+        ending.start()
+        ending.join(5)
+        assert not ending.is_alive()
+        assert isinstance(job.exception(), ValueError)

@@ -19,8 +19,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future
+from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from vimnas_ds.data.bad import TOO_SLOW, BadFile, BlockedFiles
@@ -164,10 +165,11 @@ class Readers(Executor):
 
     def _end_queued(self, error: BaseException) -> None:
         """Fails the jobs that nobody has begun, and sends the readers home."""
-        while not self._jobs.empty():
-            job = self._jobs.get()
-            if job is not None and job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
+        with suppress(Empty):  # readers take jobs meanwhile
+            while True:
+                job = self._jobs.get_nowait()
+                if job is not None and job.future.set_running_or_notify_cancel():
+                    job.future.set_exception(error)
         for _ in self._readers:
             self._jobs.put(None)
 
