@@ -26,8 +26,8 @@ from typing import Any
 
 from vimnas_ds.data.bad import TOO_SLOW, BadFile, BlockedFiles
 
-#: So many files in a row that block one job, or as many lost readers as the pool has threads (two at
-#: least), mean that the disk is gone: known before three time limits are over.
+#: So many files in a row that block one job, or as many lost readers as the pool has threads (two
+#: at least), mean that the disk is gone: known before three time limits are over.
 MOST_IN_A_ROW = 3
 #: Seconds that `shutdown` waits for what is being read.
 PATIENCE = 3.0
