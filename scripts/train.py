@@ -144,7 +144,7 @@ def run(trainer: Trainer, rank: str) -> int:
 
     try:
         trainer.run()
-    except (TooManySkippedSteps, TooManyBadFiles, RanksDisagree) as err:
+    except (TooManySkippedSteps, DataMissing, TooManyBadFiles, RanksDisagree) as err:
         trainer.console.say(f"stopped: {err}")
         print(f"rank {rank} stopped: {err}", file=sys.stderr, flush=True)
         return 3

@@ -13,8 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,9 @@ from PIL import Image
 from tests.media import encode, numbered, section
 from tests.small import small_config
 from vimnas_ds.config import DataSection, parse_config
-from vimnas_ds.data import prepare, readers
+from vimnas_ds.data import prepare
 from vimnas_ds.data.ahead import Ahead, Wanted
-from vimnas_ds.data.bad import BlockedFiles, TooManyBadFiles
+from vimnas_ds.data.bad import BadFile, BlockedFiles, TooManyBadFiles
 from vimnas_ds.data.batches import Batch
 from vimnas_ds.data.capacity import Capacity, plan_capacity
 from vimnas_ds.data.catalog import Catalog, Sample
@@ -41,7 +43,7 @@ from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.order import Stream
 from vimnas_ds.data.pipelines import Graph
 from vimnas_ds.data.prepare import FilePreparer
-from vimnas_ds.data.readers import Readers
+from vimnas_ds.data.readers import MOST_IN_A_ROW, Readers, begin_reading
 from vimnas_ds.data.sampling import Cut, Window, draw_sample
 from vimnas_ds.data.timeline import Timeline
 from vimnas_ds.processes import available_memory
@@ -361,18 +363,32 @@ def test_a_disk_that_is_gone_ends_the_run_and_the_shutdown_in_time(
         closing.join(30)
         return not closing.is_alive()
 
-    monkeypatch.setattr(readers, "MOST_LOST", 4)
     short = loaders(0.2)
     short.follow([Wanted("pictures", "train", 0)], SIZES)
     with pytest.raises(BlockedFiles, match=r"vimnas\.data\.file_timeout\)[\s\S]*pictures/\d\.jpg"):
         short.batch("pictures", "train", 4, 0)
     assert closes(short)
-    endless = loaders(480)
+    endless = loaders(120)
     endless.follow([Wanted("pictures", "train", 0)], SIZES)
-    while sum(disk.calls.values()) < 6:  # both threads are blocked, and `Ahead` waits for them
+    while sum(disk.calls.values()) < 4:  # both threads are blocked, and `Ahead` waits for them
         time.sleep(0.01)
     assert closes(endless)
     disk.release()
+
+
+def test_one_sample_whose_substitutes_block_too_shows_that_the_disk_is_gone() -> None:
+    event = threading.Event()
+
+    def read() -> None:
+        for i in range(16):
+            with suppress(BadFile):
+                begin_reading(f"{i}.jpg")
+                event.wait(60)
+
+    with Readers(8, 0.1) as pool, pytest.raises(BlockedFiles) as stopped:
+        pool.submit(read).result()
+    assert len(stopped.value.reasons) == MOST_IN_A_ROW
+    event.set()
 
 
 def test_a_process_with_a_blocked_reader_can_end(tmp_path: Path) -> None:
@@ -538,3 +554,20 @@ def test_two_thousand_clips_leave_no_file_open_and_no_memory_behind(tmp_path: Pa
         assert resident() - memory < 16 * 2**20  # a leaked clip is 12 KiB, a decoder over 100
         assert loader.seen == 2500
         loader.close()
+
+
+def test_a_queue_that_is_emptied_by_its_readers_meanwhile_is_not_waited_for() -> None:
+    class LastJobTaken(SimpleQueue[Any]):
+        def empty(self) -> bool:
+            return False  # a reader takes the last job right after this answer
+
+    with Readers(1, 60.0) as pool:
+        pool._jobs.put(None)  # its reader goes home
+        pool._readers[0].join()
+        pool._jobs = LastJobTaken()
+        job = pool.submit(int)
+        ending = threading.Thread(target=pool._end_queued, args=(ValueError("gone"),), daemon=True)
+        ending.start()
+        ending.join(5)
+        assert not ending.is_alive()
+        assert isinstance(job.exception(), ValueError)

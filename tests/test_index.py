@@ -37,11 +37,11 @@ from vimnas_ds.data.encoded import read_encoded, read_indexed
 from vimnas_ds.data.imagenet import _synsets
 from vimnas_ds.data.index import open_index, video_facts
 from vimnas_ds.data.index_build import Built, build_index
-from vimnas_ds.data.index_file import Header, Row, read_rows, write_rows
+from vimnas_ds.data.index_file import Header, Row, read_header, read_rows, write_rows
 from vimnas_ds.data.joint import open_datasets
 from vimnas_ds.data.layouts import _inside
 from vimnas_ds.data.prepare import FilePreparer, View
-from vimnas_ds.data.probe import UNREADABLE, UNUSABLE, USABLE, Verdict, probe_file
+from vimnas_ds.data.probe import TIMED_OUT, UNREADABLE, UNUSABLE, USABLE, Verdict, probe_file
 from vimnas_ds.data.probe_pool import ProbeLimits, probe_files
 from vimnas_ds.data.timeline import Timeline
 from vimnas_ds.data.view_decode import read_views
@@ -820,3 +820,28 @@ def test_a_file_that_could_not_be_read_is_asked_for_once_it_can_be(tmp_path: Pat
     Image.new("RGB", (8, 6)).save(target)
     with pytest.raises(UnfitIndex, match=r"1 file could not be read then and can be now .*9\.png"):
         open_index("toy", catalog, data)
+
+
+@pytest.mark.parametrize("reason", [TIMED_OUT, "Input/output error"])
+def test_a_file_that_could_not_be_probed_to_its_end_does_not_refuse_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    dataset = pictures(tmp_path / "data")
+    build(dataset, tmp_path)
+    file = tmp_path / "indexes" / "toy.parquet"
+    rows = [
+        row._replace(verdict=Verdict(UNREADABLE, reason)) if row.path == "train/a/0.png" else row
+        for row in read_rows(file)
+    ]
+    write_rows(file, read_header(file), rows)
+    if reason != TIMED_OUT:  # the disk still refuses to give its bytes
+        opened = Path.open
+
+        def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+            if path.name == "0.png":
+                raise OSError(5, reason)
+            return opened(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", refuse)
+    found = open_index("toy", scan_dataset("toy", dataset), joint(dataset, tmp_path))
+    assert found.unusable == {"train/a/0.png": reason}

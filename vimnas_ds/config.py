@@ -251,11 +251,11 @@ class DataSection(Section):
         "refused; substituted samples above this share stop the run (of 50 at least)",
     )
     file_timeout: Positive = Field(
-        300.0,
-        le=480,
-        description="Seconds that reading one file may take in training and evaluation (a disk "
-        "that is gone blocks for ever), 480 at most: the other ranks wait ten minutes; one that "
-        "takes longer counts as unusable",
+        60.0,
+        le=120,
+        description="Seconds that reading one file may take in training and evaluation; one that "
+        "takes longer counts as unusable. A disk that is gone blocks for ever and ends the run "
+        "after three times as long at most, so 120 at most: the other ranks wait ten minutes",
     )
     cache_mb: int = Field(
         512,

@@ -39,7 +39,7 @@ from vimnas_ds.data.index_file import (
     stored,
 )
 from vimnas_ds.data.listing import Sample, VideoFacts
-from vimnas_ds.data.probe import CUT, MISSING, UNREADABLE, USABLE, Verdict
+from vimnas_ds.data.probe import CUT, MISSING, TIMED_OUT, UNREADABLE, USABLE, Verdict, can_be_read
 from vimnas_ds.data.probe_pool import ProbeLimits
 from vimnas_ds.data.shards import INDEX, MEMBERS
 
@@ -203,11 +203,8 @@ def _check_files(name: str, file: Path, catalog: Catalog, rows: pa.Table) -> Non
     before = np.stack([rows[key].to_numpy() for key in ("size", "mtime")], 1)
     differs = (file_stats(catalog.root, paths) != before).any(1) & (before[:, 0] >= 0)
     changed = [paths[i] for i in differs.nonzero()[0]]
-    unread = [
-        paths[i]
-        for i in _in_state(rows, UNREADABLE).nonzero()[0]
-        if os.access(catalog.root / paths[i], os.R_OK)
-    ]
+    refused = _in_state(rows, UNREADABLE) & np.asarray(pc.not_equal(rows["reason"], TIMED_OUT))
+    unread = [paths[i] for i in refused.nonzero()[0] if can_be_read(catalog.root / paths[i])]
     reasons = [(changed, "changed"), (unread, "could not be read then and can be now")]
     if any(found for found, _ in reasons):
         raise _unfit(name, file, [], [_count(what, found) for found, what in reasons if found])

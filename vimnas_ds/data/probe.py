@@ -27,6 +27,8 @@ from vimnas_ds.data.timeline import Timeline
 #: States of an index row. "unreadable" may pass (permissions, a network file system, a time limit):
 #: such files are probed again by every run, "unusable" ones only when they change.
 USABLE, UNUSABLE, UNREADABLE, MISSING = "usable", "unusable", "unreadable", "missing"
+#: The reason of a file that was given up: readable or not, only a new probe can tell.
+TIMED_OUT = "probing took longer than the time limit"
 #: Parts that are decoded, and the length of each, in seconds.
 WINDOW = 1.0
 #: Sides above this are refused: one frame would be gigabytes.
@@ -76,8 +78,7 @@ def probe_file(path: Path, is_image: bool, thorough: bool = False) -> Verdict:
             return Verdict(UNUSABLE, "not a regular file")
         if status.st_size == 0:
             return Verdict(UNUSABLE, "empty file", 0, status.st_mtime_ns)
-        with path.open("rb") as file:
-            file.read(1)
+        _read_a_byte(path)
     except OSError as error:
         return Verdict(UNREADABLE, error.strerror or type(error).__name__)
     size, mtime = status.st_size, status.st_mtime_ns
@@ -90,6 +91,22 @@ def probe_file(path: Path, is_image: bool, thorough: bool = False) -> Verdict:
         return Verdict(UNUSABLE, reason, size, mtime)
     except MemoryError:
         return Verdict(UNUSABLE, "needs too much memory", size, mtime)
+
+
+def can_be_read(path: Path) -> bool:
+    """Whether a file with the state `UNREADABLE` would now be probed further than that."""
+    try:
+        regular = path.is_file()  # a pipe would be waited for
+        if regular:
+            _read_a_byte(path)
+    except OSError:
+        return False
+    return regular
+
+
+def _read_a_byte(path: Path) -> None:
+    with path.open("rb") as file:
+        file.read(1)
 
 
 def _probe_image(path: Path, thorough: bool, size: int, mtime: int) -> Verdict:

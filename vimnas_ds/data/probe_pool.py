@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vimnas_ds.data.bad import DataMissing
-from vimnas_ds.data.probe import UNREADABLE, UNUSABLE, Verdict, probe_file
+from vimnas_ds.data.probe import TIMED_OUT, UNREADABLE, UNUSABLE, Verdict, probe_file
 from vimnas_ds.data.probe_worker import READY, decode_verdict
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +127,7 @@ class _Worker:
                     "again later, or with fewer of them (vimnas.data.workers, or --workers of "
                     "scripts/index_data.py)"
                 )
-            verdict = Verdict(UNREADABLE, "probing took longer than the time limit")
+            verdict = Verdict(UNREADABLE, TIMED_OUT)
         else:
             return None
         self.done += 1

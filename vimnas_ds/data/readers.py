@@ -19,14 +19,16 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future
+from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from vimnas_ds.data.bad import TOO_SLOW, BadFile, BlockedFiles
 
-#: Readers that may be lost at the same time, at least; twice the pool's threads if that is more.
-MOST_LOST = 8
+#: So many files in a row that block one job, or as many lost readers as the pool has threads (two
+#: at least), mean that the disk is gone: known before three time limits are over.
+MOST_IN_A_ROW = 3
 #: Seconds that `shutdown` waits for what is being read.
 PATIENCE = 3.0
 
@@ -72,7 +74,7 @@ class Readers(Executor):
 
     def __init__(self, threads: int, seconds: float) -> None:
         self._seconds = seconds
-        self._most_lost = max(MOST_LOST, 2 * threads)
+        self._most_lost = max(2, threads)
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._readers: list[_Reader] = []
@@ -152,22 +154,25 @@ class Readers(Executor):
         self._readers.remove(reader)
         self._lost.append(reader)
         self._blocking.add(path)
-        if self._error is None and len(self._lost) < self._most_lost:
+        assert job is not None
+        job.lost += 1
+        fine = len(self._lost) < self._most_lost and job.lost < MOST_IN_A_ROW
+        if self._error is None and fine:
             self._add_reader(job)
             return
         if self._error is None:
             self._error = BlockedFiles(sorted(self._blocking), self._seconds)
             self._end_queued(self._error)
             self._end_running(self._error)
-        if job is not None:
-            job.future.set_exception(self._error)
+        job.future.set_exception(self._error)
 
     def _end_queued(self, error: BaseException) -> None:
         """Fails the jobs that nobody has begun, and sends the readers home."""
-        while not self._jobs.empty():
-            job = self._jobs.get()
-            if job is not None and job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
+        with suppress(Empty):  # readers take jobs meanwhile
+            while True:
+                job = self._jobs.get_nowait()
+                if job is not None and job.future.set_running_or_notify_cancel():
+                    job.future.set_exception(error)
         for _ in self._readers:
             self._jobs.put(None)
 
@@ -188,6 +193,7 @@ class _Job:
     ) -> None:
         self.function, self.args, self.kwargs = function, args, kwargs
         self.future: Future[Any] = Future()
+        self.lost = 0  # readers it has cost
 
 
 class _File:

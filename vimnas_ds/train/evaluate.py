@@ -5,7 +5,7 @@ share the candidates instead, so that a candidate's score does not depend on the
 
 Batches of a `select` split are decoded once and kept while they fit the memory allowed, so that
 repeated evaluations cost the network's time alone. Every sample counts once, whatever the world
-size; a broken file is left out and counted.
+size; a broken file is left out and counted, and too many of them end the run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vimnas_ds.data.bad import DataMissing
+from vimnas_ds.data.bad import DataMissing, TooManyBadFiles, are_too_many
 from vimnas_ds.data.joint import Loaders
-from vimnas_ds.data.loader import Batch
+from vimnas_ds.data.loader import Batch, EvalLoader
 from vimnas_ds.train.ranks import Ranks, sum_over_ranks
 
 Forward = Callable[[Tensor], Tensor]
@@ -77,7 +77,9 @@ class Evaluator:
                     kept.append(batch)
                 else:
                     kept = None
+                self._judge(loader)
                 yield batch
+            self._judge(loader)
         finally:
             self.skipped.setdefault(dataset, {}).update(loader.skipped)
             loader.close()
@@ -85,13 +87,19 @@ class Evaluator:
             self._room -= used
             self._kept[key] = kept
 
+    def _judge(self, loader: EvalLoader) -> None:
+        section, bad = self.loaders.data.section, len(loader.skipped)
+        if are_too_many(bad, loader.seen, section.max_bad_share):
+            folder = section.datasets[loader.name].folder
+            raise TooManyBadFiles(loader.name, bad, loader.seen, loader.skipped, folder)
+
     @torch.no_grad()
     def outcomes(
         self, forwards: Mapping[str, Forward], dataset: str, split: str
     ) -> dict[str, Outcomes]:
         """Each of `forwards`, batch -> logits, on this process's samples, in one pass over them.
 
-        The caller puts the network into eval mode. Raises DataMissing when no file was usable.
+        The caller puts the network into eval mode. Raises as `scores`.
         """
         found = self._outcomes(forwards, dataset, split)
         if not len(next(iter(found.values())).loss):
@@ -123,7 +131,8 @@ class Evaluator:
     def scores(self, forwards: Mapping[str, Forward], dataset: str, split: str) -> dict[str, Score]:
         """Scores over all ranks' samples (each rank having its share); equal on every rank.
 
-        Raises DataMissing when no rank could read a file of the split.
+        Raises DataMissing when no rank could read a file of the split, TooManyBadFiles when this
+        one had to leave out more than `vimnas.data.max_bad_share`.
         """
         found = self._outcomes(forwards, dataset, split)
         sums = torch.tensor(

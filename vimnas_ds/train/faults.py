@@ -20,6 +20,7 @@ class FaultReport:
         self._named: set[tuple[str, str]] = set()
         self.replaced: dict[str, int] = {}  #: samples replaced so far, by dataset, over all ranks
         self.slow_batches: dict[str, int] = {}  #: batches of which DALI refused a file, likewise
+        self.left_out: dict[str, set[str]] = {}  #: files that no evaluation counts, likewise
         self.reasons: dict[str, Counter[str]] = {}  #: the replaced samples by what was wrong
 
     def collect(self, step: int) -> None:
@@ -33,6 +34,8 @@ class FaultReport:
         )
         self.replaced, self.slow_batches, self.reasons = {}, {}, {}
         for rank, (replaced, skipped, counts, slow, reasons) in enumerate(gather_objects(mine)):
+            for dataset, files in skipped.items():
+                self.left_out.setdefault(dataset, set()).update(files)
             for what, found in (("replaced", replaced), ("left out", skipped)):
                 for dataset, files in found.items():
                     for path, reason in files.items():
