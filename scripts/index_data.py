@@ -32,6 +32,7 @@ from vimnas_ds.data.index_build import build_index, locked
 from vimnas_ds.data.index_file import read_header
 from vimnas_ds.data.probe_pool import ProbeLimits
 from vimnas_ds.data.recognise import recognise_layout
+from vimnas_ds.data.shards import MEMBERS
 from vimnas_ds.processes import cores_per_process
 from vimnas_ds.report.index_report import describe, summarise
 
@@ -87,8 +88,14 @@ def choose(args: argparse.Namespace) -> tuple[str, DatasetSection, Path, float]:
     if args.update is not None:
         if not args.update.is_file():
             raise ConfigError(f"--update {args.update}: there is no such index")
+        if (args.update.parent / MEMBERS).exists():
+            raise ConfigError(
+                f"--update {args.update}: it is of shards; renew the index of the files they were "
+                "made from, then make them anew: scripts/make_shards.py --overwrite"
+            )
         header = read_header(args.update)
-        name, values, file = header.name, dict(header.section), args.update
+        name, file = header.name, args.update
+        values = {**header.section, "root": header.root}
         max_bad_share = DataSection.model_fields["max_bad_share"].default
     else:
         config = load_config(args.deepspeed_config).vimnas.data

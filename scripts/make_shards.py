@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -53,10 +54,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shard_mb", type=int, default=1000, metavar="N", help="10^6 bytes a shard, %(default)s"
     )
+    parser.add_argument(
+        "--max_bad_share",
+        type=float,
+        metavar="X",
+        help="share of unusable files to do without; default: the configuration's (5 %% with "
+        "--index)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace shards that are there")
     args = parser.parse_args(argv)
     if args.shard_mb < 1:
         parser.error(f"--shard_mb must be positive, got {args.shard_mb}")
+    if args.max_bad_share is not None and not 0 <= args.max_bad_share < 1:
+        parser.error(f"--max_bad_share must be from 0 to below 1, got {args.max_bad_share}")
     if args.index is not None and (args.root or args.set):
         parser.error("--index has the root and all other settings itself")
     return args
@@ -66,12 +76,13 @@ def choose(args: argparse.Namespace) -> tuple[str, DataSection]:
     """The dataset's name and the section that holds it, read from its files."""
     if args.index is not None:
         header = read_header(args.index)
-        name, values, index_dir = header.name, header.section, args.index.parent
+        name, values = header.name, {**header.section, "root": header.root}
+        options: dict[str, Any] = {"index_dir": args.index.parent}
         if args.index.name != f"{name}.parquet":
             raise ConfigError(f"--index {args.index}: an index of {name} is called {name}.parquet")
     else:
         config = load_config(args.deepspeed_config, args.set).vimnas.data
-        name, index_dir = args.dataset, config.index_dir
+        name, options = args.dataset, config.model_dump(exclude={"datasets"})
         if name not in config.datasets:
             raise ConfigError(
                 f"--dataset {name}: {args.deepspeed_config} has {', '.join(config.datasets)}; name "
@@ -84,7 +95,9 @@ def choose(args: argparse.Namespace) -> tuple[str, DataSection]:
     except ValidationError as error:
         messages = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
         raise ConfigError(f"{name}: {'; '.join(messages)}") from error
-    return name, DataSection(datasets={name: dataset}, index_dir=index_dir)
+    if args.max_bad_share is not None:
+        options["max_bad_share"] = args.max_bad_share
+    return name, DataSection(**{**options, "datasets": {name: dataset}})
 
 
 def describe(name: str, out: Path, written: Written) -> str:

@@ -46,6 +46,8 @@ from vimnas_ds.data.probe_pool import ProbeLimits, probe_files
 from vimnas_ds.data.timeline import Timeline
 from vimnas_ds.data.view_decode import read_views
 from vimnas_ds.data.views import ViewPlan
+from vimnas_ds.report.console import Console
+from vimnas_ds.search.run import thin_out
 
 AWKWARD = SHARED_DATA / "awkward"
 LIMITS = ProbeLimits(workers=2)
@@ -339,13 +341,18 @@ def test_timestamps_of_one_index_may_exceed_32_bits_and_older_files_are_read(
 
 
 def test_files_with_odd_names_are_indexed_and_trained_on(tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    for name in ("-dash", 'a b\'s "c", d', "ü日本", os.fsdecode(b"raw\xff")):
-        encode(root / "train" / "a" / f"{name}.mp4", numbered(4))
-    encode(root / "val" / "a" / "x.mp4", numbered(4))
+    root, odd = tmp_path / "data", os.fsdecode(b"raw\xff")
+    for name in ("-dash", 'a b\'s "c", d', "ü日本", odd):
+        encode(root / "train" / odd / f"{name}.mp4", numbered(4))
+    encode(root / "val" / odd / "x.mp4", numbered(4))
     data = open_datasets(joint(section(root, "video"), tmp_path), gpu=True)
     assert sum(len(data.splits["toy"][p]) for p in ("train", "alpha", "select")) == 4
     assert all(s.video is not None for part in data.splits["toy"].values() for s in part)
+    parts = data.splits["toy"]
+    assert len(thin_out(parts["train"] + parts["alpha"] + parts["select"], 3)) == 3
+    console = Console(10, 0, tmp_path / "train.log", enabled=True)
+    console.say(f"replaced: {odd}.mp4")
+    assert r"replaced: raw\udcff.mp4" in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
 def test_names_like_options_or_addresses_are_read_from_a_relative_root(

@@ -258,6 +258,9 @@ def test_annotations_are_recognised_by_their_content(tmp_path: Path) -> None:
     (tmp_path / "ssv2").mkdir()
     (tmp_path / "ssv2/labels.json").write_text("{}")
     assert recognise_layout(tmp_path / "ssv2") == "ssv2"
+    (tmp_path / "nothing.csv").write_text("\n")
+    with pytest.raises(DataMissing, match="is empty"):
+        recognise_layout(tmp_path / "nothing.csv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataMissing, match="neither SSV2's"):
         recognise_layout(tmp_path / "empty")

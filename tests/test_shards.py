@@ -468,3 +468,37 @@ def test_the_scripts_make_shards_and_use_them(
     assert "--dataset ssv2" in capsys.readouterr().err
     assert make_shards.main(["--index", index, "--out", root]) == 2
     assert capsys.readouterr().err.startswith("cannot make shards: ")
+
+
+def test_a_share_of_unusable_files_that_training_allows_is_allowed_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 pictures, a tenth of them broken; the index is made and updated from other folders."""
+    root = tmp_path / "data"
+    for i in range(60):
+        folder = root / ("val" if i < 3 else "train") / "a"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGB", (8, 8), (i, 0, 0))
+        picture.save(folder / f"{i}.png")
+        if i % 10 == 9:
+            (folder / f"{i}.png").write_bytes(b"no picture")
+    raw = small_config()
+    recipe = raw["vimnas"]["data"]["datasets"]["imagenet"]
+    raw["vimnas"]["data"] = {"index_dir": str(tmp_path / "i"), "datasets": {"imagenet": recipe}}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(raw))
+    monkeypatch.chdir(tmp_path)
+    ask = ["--dataset", "imagenet", "--deepspeed_config", str(config), "--root", "data"]
+    assert index_data.main(ask) == 0
+    monkeypatch.chdir(tmp_path.parent)
+    assert index_data.main(["--update", str(tmp_path / "i" / "imagenet.parquet")]) == 0
+    ask = ["--index", str(tmp_path / "i" / "imagenet.parquet"), "--out", str(tmp_path / "out")]
+    assert make_shards.main(ask) == 2
+    assert "max_bad_share" in capsys.readouterr().err
+    assert make_shards.main([*ask, "--max_bad_share", "0.2"]) == 0
+    ask = ["--dataset", "imagenet", "--deepspeed_config", str(config), "--root", str(root)]
+    ask += ["--out", str(tmp_path / "other"), "--set", "vimnas.data.max_bad_share=0.2"]
+    assert make_shards.main(ask) == 0
+    capsys.readouterr()
+    assert index_data.main(["--update", str(tmp_path / "out" / "index.parquet")]) == 2
+    assert "make_shards.py --overwrite" in capsys.readouterr().err

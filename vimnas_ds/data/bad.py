@@ -75,6 +75,8 @@ class TooManyUnusable(DataMissing):
         reasons = [f"  {count:,} files: {reason}" for reason, count in counts]
         first = [f"  {path}: {reason}" for path, reason in islice(unusable.items(), 20)]
         mend = shlex.join(["python", "scripts/index_data.py", "--update", str(index)])
+        if (index.parent / "members.parquet").exists():
+            mend = "scripts/index_data.py, then scripts/make_shards.py --overwrite"
         super().__init__(
             f"{name}: {len(unusable):,} of {seen:,} files are unusable, more than "
             f"vimnas.data.max_bad_share ({max_bad_share:.3g}) allows:\n"

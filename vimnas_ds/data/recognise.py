@@ -35,6 +35,8 @@ def _recognise(annotations: Path) -> str:
         raise DataMissing(f"{annotations} is neither a file nor a folder; see --annotations")
     with annotations.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         lines = [line.strip() for line, _ in zip(file, range(2), strict=False)]
+    if not any(lines):
+        raise DataMissing(f"{annotations} is empty")
     columns = set(next(csv.reader(lines[:1]), []))
     if columns >= COLUMNS:
         return "kinetics"

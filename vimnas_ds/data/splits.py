@@ -31,6 +31,7 @@ from dataclasses import replace
 
 from vimnas_ds.data.bad import BadAnnotations
 from vimnas_ds.data.catalog import Catalog, Sample
+from vimnas_ds.data.listing import LOSSLESS
 
 YOUTUBE_FILE = re.compile(r"(?P<id>.{11})_\d+_\d+")
 YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{10}[AEIMQUYcgkosw048]")
@@ -56,7 +57,7 @@ def split_catalog(catalog: Catalog, held_out: float) -> dict[str, list[Sample]]:
 
     def rank(sample: Sample) -> bytes:
         known = youtube_id(sample.path, catalog.video_ids)
-        return hashlib.sha1((known or sample.path).encode("utf-8", "surrogateescape")).digest()
+        return hashlib.sha1((known or sample.path).encode(*LOSSLESS)).digest()
 
     classes: dict[int, list[Sample]] = defaultdict(list)
     for sample in catalog.train:
@@ -84,7 +85,7 @@ def split_catalog(catalog: Catalog, held_out: float) -> dict[str, list[Sample]]:
 def _shares(count: int, held_out: float, class_name: str) -> tuple[int, int]:
     """How many files of a class of `count` go to alpha and to select."""
     total = min(int(count * held_out + 0.5), count - 1)
-    odd_goes_to_alpha = hashlib.sha1(class_name.encode()).digest()[0] % 2
+    odd_goes_to_alpha = hashlib.sha1(class_name.encode(*LOSSLESS)).digest()[0] % 2
     first = (total + odd_goes_to_alpha) // 2
     return first, total - first
 

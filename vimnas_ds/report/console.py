@@ -128,6 +128,10 @@ class Console:
     def _write(self, text: str, only_in_file: str) -> None:
         if not self._enabled:
             return
+        # file names may hold bytes that are no UTF-8
+        text, only_in_file = (
+            part.encode("utf-8", "backslashreplace").decode() for part in (text, only_in_file)
+        )
         if self._bar is not None:
             tqdm.write(text, file=sys.stdout)
         else:

@@ -154,9 +154,11 @@ def run_script(body: Callable[[], int]) -> int:
     try:
         return body()
     except _MENDABLE as err:
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(err, CannotStart):  # which rank 0 says for all
             what = "stopped" if isinstance(err, TooManyBadFiles) else "cannot run"
-            print(f"{what}: {err}", file=sys.stderr)  # noqa: T201
+            who = "" if rank == "0" else f"rank {rank} "
+            print(f"{who}{what}: {err}", file=sys.stderr, flush=True)  # noqa: T201
         return 2
     finally:
         if dist.is_initialized():

@@ -21,6 +21,7 @@ from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.data.catalog import Sample
 from vimnas_ds.data.index_build import file_stats
 from vimnas_ds.data.joint import JointData, Loaders
+from vimnas_ds.data.listing import LOSSLESS
 from vimnas_ds.data.shards import MEMBERS
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.train.engine import build_supernet
@@ -197,7 +198,7 @@ def open_run(
 def thin_out(samples: Sequence[Sample], count: int) -> list[Sample]:
     """A fixed subset of at most `count`, classes in turn, chosen by the hash of the path."""
     classes: dict[int, list[Sample]] = {}
-    for sample in sorted(samples, key=lambda s: hashlib.sha256(s.path.encode()).digest()):
+    for sample in sorted(samples, key=lambda s: hashlib.sha256(s.path.encode(*LOSSLESS)).digest()):
         classes.setdefault(sample.label, []).append(sample)
     turns = [(turn, s) for members in classes.values() for turn, s in enumerate(members)]
     turns.sort(key=lambda t: (t[0], t[1].label))
