@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -571,3 +572,19 @@ def test_a_queue_that_is_emptied_by_its_readers_meanwhile_is_not_waited_for() ->
         ending.join(5)
         assert not ending.is_alive()
         assert isinstance(job.exception(), ValueError)
+
+
+def test_an_evaluation_decodes_no_more_ahead_than_memory_allows(
+    joint: JointData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {**joint.section.model_dump(), "workers": 1, "prefetch": 5}
+    data = JointData(DataSection(**values), joint.catalogs, joint.splits, joint.dropped)
+    loaders = Loaders(data, 7, 0, 1, CPU)
+    one = data.section.datasets["clips"]
+    each = 2 * (one.frames or 1) * 3 * one.size**2  # two clips a batch
+    for free, expected in ((0, 1), (4 * 3 * each, 3), (2**40, 5)):  # a quarter may be taken
+        monkeypatch.setattr("vimnas_ds.data.capacity.available_memory", partial(int, free))
+        loader = loaders.evaluation("clips", "alpha", 2)
+        assert loader._prefetch == expected
+        loader.close()
+    loaders.close()

@@ -16,7 +16,9 @@ from vimnas_ds.config import DataSection
 from vimnas_ds.data.bad import DataMissing, TooManyBadFiles
 from vimnas_ds.data.catalog import Catalog, Sample
 from vimnas_ds.data.joint import JointData, Loaders
+from vimnas_ds.train import faults
 from vimnas_ds.train.evaluate import Evaluator
+from vimnas_ds.train.faults import FaultReport
 from vimnas_ds.train.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -67,3 +69,44 @@ def test_a_folder_that_is_gone_at_an_evaluation_ends_training_in_words(
     assert run(trainer, "1") == 3
     assert said == ["stopped: toy: no file of the select split could be read"]
     assert capsys.readouterr().err.startswith("rank 1 stopped: toy: no file of the select")
+
+
+def test_counts_go_on_where_the_checkpoint_left_them_and_new_files_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(faults, "gather_objects", lambda mine: [mine, mine])
+    told: list[Any] = []
+    board = SimpleNamespace(
+        unusable=lambda *values: told.append(values), faults=print, fault_reasons=print
+    )
+    loaders = SimpleNamespace(
+        substitutions=lambda: {"k400": {"a.mp4": "cut"}},
+        replaced=lambda: {"k400": 3},
+        fallbacks=lambda: {"k400": 1},
+        reasons=lambda: {"k400": {"cut": 3}},
+    )
+    one = SimpleNamespace(skipped={"k400": {"b.mp4": "empty"}})
+    console = SimpleNamespace(say=lambda line: None)
+
+    def report(before: dict[str, Any] | None) -> dict[str, Any]:
+        parts: Any = (loaders, one, console, board)
+        found = FaultReport(*parts, before)
+        found.report(7)
+        found.report(8)
+        return found.state_dict()
+
+    first = report(None)
+    assert first == {
+        "replaced": {"k400": 6},
+        "slow_batches": {"k400": 2},
+        "left_out": {"k400": ["b.mp4"]},
+        "reasons": {"k400": {"cut": 6}},
+    }
+    lines = ["a.mp4 is unusable and replaced (rank 0): cut"]
+    lines.append("b.mp4 is unusable and left out (rank 0): empty")
+    assert told == [(7, "k400", lines)]
+    second = report(first)
+    assert second["replaced"] == {"k400": 12}
+    assert second["slow_batches"] == {"k400": 4}
+    assert second["reasons"] == {"k400": {"cut": 12}}
+    assert second["left_out"] == first["left_out"]

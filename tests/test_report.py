@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import random
 import re
 import sys
@@ -81,20 +82,20 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     first = Board(tmp_path, 0)
     for step in range(11):
         first.alpha_step(step, "k400", 1.0)
-    first.text("note", "first")
+    first.unusable(0, "k400", ["a.mp4: cut", os.fsdecode(b"\xff.mp4: empty")])
     first.close()
     resumed = Board(tmp_path, 5)
     for step in range(5, 9):
         resumed.alpha_step(step, "k400", 2.0)
-    resumed.text("note", "resumed")
+    resumed.unusable(5, "k400", ["b.mp4: cut"])
     resumed.close()
     events = read(tmp_path)
     expected = [(step, 1.0) for step in range(5)] + [(step, 2.0) for step in range(5, 9)]
     assert points(events, "alpha/loss/k400") == expected
-    notes = events.Tensors("note/text_summary")
+    notes = events.Tensors("data/unusable/k400/text_summary")
     assert [(n.step, n.tensor_proto.string_val[0]) for n in notes] == [
-        (0, b"first"),
-        (5, b"resumed"),
+        (0, b"    a.mp4: cut\n    \\udcff.mp4: empty\n"),
+        (5, b"    b.mp4: cut\n"),
     ]
 
 
@@ -174,7 +175,7 @@ def test_a_disabled_board_writes_no_file(tmp_path: Path) -> None:
     board.alphas(1, {"depth": [1.0]}, {"depth": [2]})
     board.sampled_choices(1, {"depth": {2: 1}})
     board.contact_sheet(1, "k400", torch.zeros(1, 3, 8, 8), torch.zeros(1), ["a"])
-    board.text("note", "text")
+    board.unusable(1, "k400", ["a.mp4: cut"])
     board.close()
     assert not any(tmp_path.iterdir())
 

@@ -70,9 +70,19 @@ def plan_capacity(
     gpu = device.type == "cuda"
     each = decoded + (0 if gpu else finished)
     wanted = max(DEPTH, section.prefetch, math.ceil(workers / min(sizes)) + 1)
-    depth = max(1, min(wanted, int(SHARE * free / each)))
+    depth = _fitting(wanted, each, free)
     ready = min(depth, READY_ON_GPU) if gpu else depth
     return Capacity(workers, depth, ready, depth * each, free)
+
+
+def plan_ahead(wanted: int, each: int, world_size: int) -> int:
+    """How many batches, or samples, of `each` bytes an evaluation decodes ahead: `wanted`, or fewer
+    (at least 1) where the memory that is free now is short."""
+    return _fitting(wanted, each, available_memory() // local_processes(world_size))
+
+
+def _fitting(wanted: int, each: int, free: int) -> int:
+    return max(1, min(wanted, int(SHARE * free / each)))
 
 
 def _finished_bytes(data: DatasetSection) -> int:

@@ -13,7 +13,7 @@ from vimnas_ds.config import DataSection
 from vimnas_ds.data.ahead import Ahead, Wanted
 from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.batches import Batch
-from vimnas_ds.data.capacity import Capacity, plan_capacity
+from vimnas_ds.data.capacity import Capacity, plan_ahead, plan_capacity
 from vimnas_ds.data.catalog import Catalog, scan_dataset
 from vimnas_ds.data.footprint import sample_bytes
 from vimnas_ds.data.index import open_index
@@ -121,6 +121,7 @@ class Loaders:
         self.workers = data.section.workers or min(16, cores_per_process(world_size))
         self.pool = Readers(self.workers, data.section.file_timeout)
         self._training: dict[tuple[str, str], TrainLoader] = {}
+        self._evaluated: dict[tuple[str, str], int] = {}  # bytes of a decoded sample
         self._ahead: Ahead | None = None
 
     def follow(self, plan: Iterable[Wanted], global_batches: Mapping[str, int]) -> Capacity:
@@ -186,16 +187,23 @@ class Loaders:
 
     def evaluation(self, name: str, split: str, batch: int) -> EvalLoader:
         """A fresh pass over a dataset's `select` or `test` split, central views; the caller closes
-        it."""
+        it. It decodes `vimnas.data.prefetch` batches ahead, fewer where memory is short."""
+        section, samples = self.data.section, self.data.splits[name][split]
+        if (name, split) not in self._evaluated:
+            self._evaluated[name, split] = sample_bytes(
+                name, section.datasets[name], samples, self.device.type == "cuda", self.pool
+            )
+        each = batch * self._evaluated[name, split]
         return EvalLoader(
             name,
-            self.data.section.datasets[name],
-            self.data.splits[name][split],
+            section.datasets[name],
+            samples,
             self.rank,
             self.world_size,
             batch,
             self.device,
             self.pool,
+            prefetch=plan_ahead(section.prefetch, each, self.world_size),
             threads=self.workers,
         )
 

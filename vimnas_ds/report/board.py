@@ -32,7 +32,6 @@ class Board:
     an earlier process wrote from there on is purged."""
 
     def __init__(self, log_dir: Path, step: int, enabled: bool = True) -> None:
-        self._step = step
         self._writer: SummaryWriter | None = None
         if enabled:
             _wait_for_newer_name(log_dir)
@@ -45,12 +44,12 @@ class Board:
             self._scalar(f"train/top1/{dataset}", top1, step)
 
     def faults(self, step: int, dataset: str, replaced: int, slow_batches: int) -> None:
-        """Broken files replaced, and batches decoded without DALI, since the process started."""
+        """Broken files replaced, and batches decoded without DALI, so far."""
         self._scalar(f"data/replaced/{dataset}", replaced, step)
         self._scalar(f"data/slow_batches/{dataset}", slow_batches, step)
 
     def fault_reasons(self, step: int, dataset: str, counts: Mapping[str, int]) -> None:
-        """The replaced samples by what was wrong with their files, since the process started."""
+        """The replaced samples by what was wrong with their files, so far."""
         for reason, count in counts.items():
             self._scalar(f"data/replaced/{dataset}/{reason}", count, step)
 
@@ -128,10 +127,12 @@ class Board:
         labels = pictures.captions(y, class_names)
         self._picture(f"batch/{dataset}", pictures.contact_sheet(x, labels), step)
 
-    def text(self, tag: str, text: str) -> None:
-        """A note (Markdown), at the step this process began with."""
+    def unusable(self, step: int, dataset: str, lines: Sequence[str]) -> None:
+        """Files found to be broken since the last such list, each with its reason."""
         if self._writer is not None:
-            self._writer.add_text(tag, text, self._step)
+            text = "".join(f"    {line}\n" for line in lines)  # Markdown: shown as they are
+            readable = text.encode("utf-8", "backslashreplace").decode()
+            self._writer.add_text(f"data/unusable/{dataset}", readable, step)
 
     def close(self) -> None:
         """Write what is queued and close the file; may be called twice."""

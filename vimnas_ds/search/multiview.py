@@ -19,6 +19,8 @@ from torch import Tensor
 from vimnas_ds.config import ConfigError
 from vimnas_ds.confusion import Confusion
 from vimnas_ds.data.bad import DataMissing
+from vimnas_ds.data.capacity import plan_ahead
+from vimnas_ds.data.footprint import sample_bytes
 from vimnas_ds.data.readers import Readers
 from vimnas_ds.data.view_loader import ViewBatch, ViewLoader
 from vimnas_ds.data.views import Placement, ViewPlan
@@ -129,7 +131,7 @@ class MultiViewEvaluator:
             max(1, batch // len(plan)),
             run.ranks.device,
             self._pool,
-            ahead=self._workers,
+            ahead=self._ahead(dataset, split),
             threads=self._workers,
         )
         found = {label: Confusion.empty(section.num_classes) for label in forwards}
@@ -153,6 +155,15 @@ class MultiViewEvaluator:
         expected, skipped = self.num_samples(dataset, split), len(self.skipped[dataset])
         assert all(c.count + skipped == expected for c in found.values())
         return {label: ViewScore(confusion, plan) for label, confusion in found.items()}
+
+    def _ahead(self, dataset: str, split: str) -> int:
+        """Samples decoded ahead: one a thread, fewer where memory is short. Only clips that are
+        decoded here take room for every view."""
+        run, data = self.run, self.run.config.vimnas.data
+        section, gpu = data.datasets[dataset], run.ranks.device.type == "cuda"
+        each = sample_bytes(dataset, section, run.data.splits[dataset][split], gpu, self._pool)
+        each *= 1 if section.is_image or gpu else len(self._plans[dataset])
+        return plan_ahead(max(self._workers, data.prefetch), each, run.ranks.world_size)
 
     def _mean_softmax(self, forward: Forward, views: ViewBatch, batch: int, label: str) -> Tensor:
         """Probabilities averaged over views: float64 (B, C) on the CPU. The network gets at most

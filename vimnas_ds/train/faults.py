@@ -1,8 +1,10 @@
-"""Broken files met by any rank, brought together: named once in the log, counted per dataset."""
+"""Broken files met by any rank, brought together: named once, counted per dataset."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from vimnas_ds.data.joint import Loaders
 from vimnas_ds.report.board import Board
@@ -12,19 +14,50 @@ from vimnas_ds.train.ranks import gather_objects
 
 
 class FaultReport:
-    """What all ranks met: files replaced in training, left out in evaluation, slow batches."""
+    """What all ranks met: files replaced in training, left out in evaluation, slow batches.
 
-    def __init__(self, loaders: Loaders, evaluator: Evaluator, console: Console, board: Board):
+    Counts go on from `before`, the `state_dict` in the checkpoint that a run is resumed from.
+    """
+
+    def __init__(
+        self,
+        loaders: Loaders,
+        evaluator: Evaluator,
+        console: Console,
+        board: Board,
+        before: Mapping[str, Any] | None = None,
+    ):
         self._loaders, self._evaluator = loaders, evaluator
         self._console, self._board = console, board
+        self._before: Mapping[str, Any] = before or {}
         self._named: set[tuple[str, str]] = set()
-        self.replaced: dict[str, int] = {}  #: samples replaced so far, by dataset, over all ranks
-        self.slow_batches: dict[str, int] = {}  #: batches of which DALI refused a file, likewise
+        self.replaced: Counter[str] = (
+            Counter()
+        )  #: samples replaced so far, by dataset, of all ranks
+        self.slow_batches: Counter[str] = Counter()  #: of which DALI refused a file, likewise
         self.left_out: dict[str, set[str]] = {}  #: files that no evaluation counts, likewise
         self.reasons: dict[str, Counter[str]] = {}  #: the replaced samples by what was wrong
+        self._start()
+
+    def _start(self) -> None:
+        """Only what was met before this process."""
+        before = self._before
+        self.replaced = Counter(before.get("replaced", {}))
+        self.slow_batches = Counter(before.get("slow_batches", {}))
+        self.left_out = {k: set(v) for k, v in before.get("left_out", {}).items()}
+        self.reasons = {k: Counter(v) for k, v in before.get("reasons", {}).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of the latest `collect`."""
+        return {
+            "replaced": dict(self.replaced),
+            "slow_batches": dict(self.slow_batches),
+            "left_out": {k: sorted(v) for k, v in self.left_out.items()},
+            "reasons": {k: dict(v) for k, v in self.reasons.items()},
+        }
 
     def collect(self, step: int) -> None:
-        """Gather from all ranks (collective), and say on rank 0 what is new."""
+        """Gather from all ranks (collective), and name on rank 0 which files are new."""
         mine = (
             self._loaders.substitutions(),
             self._evaluator.skipped,
@@ -32,25 +65,32 @@ class FaultReport:
             self._loaders.fallbacks(),
             self._loaders.reasons(),
         )
-        self.replaced, self.slow_batches, self.reasons = {}, {}, {}
+        self._start()
+        new: dict[str, list[str]] = {}
         for rank, (replaced, skipped, counts, slow, reasons) in enumerate(gather_objects(mine)):
             for dataset, files in skipped.items():
                 self.left_out.setdefault(dataset, set()).update(files)
             for what, found in (("replaced", replaced), ("left out", skipped)):
                 for dataset, files in found.items():
                     for path, reason in files.items():
-                        self._name(rank, what, dataset, path, reason)
+                        if (dataset, path) not in self._named:
+                            self._named.add((dataset, path))
+                            line = f"{path} is unusable and {what} (rank {rank}): {reason}"
+                            new.setdefault(dataset, []).append(line)
             for totals, part in ((self.replaced, counts), (self.slow_batches, slow)):
                 for dataset, count in part.items():
-                    totals[dataset] = totals.get(dataset, 0) + count
+                    totals[dataset] += count
             for dataset, counted in reasons.items():
                 self.reasons.setdefault(dataset, Counter()).update(counted)
+        for dataset, lines in new.items():
+            self._board.unusable(step, dataset, lines)
+            for line in lines:
+                self._console.say(f"{dataset}: {line}")
+
+    def report(self, step: int) -> None:
+        """`collect`, and draw the counts."""
+        self.collect(step)
         for dataset, counted in self.reasons.items():
             self._board.fault_reasons(step, dataset, counted)
         for dataset, count in self.replaced.items():
-            self._board.faults(step, dataset, count, self.slow_batches.get(dataset, 0))
-
-    def _name(self, rank: int, what: str, dataset: str, path: str, reason: str) -> None:
-        if (dataset, path) not in self._named:
-            self._named.add((dataset, path))
-            self._console.say(f"{dataset}: {path} is unusable and {what} (rank {rank}): {reason}")
+            self._board.faults(step, dataset, count, self.slow_batches[dataset])

@@ -69,6 +69,7 @@ class Trainer:
         self.choices = ChoiceCounts()
         self.meters = Meters(list(section.data.datasets), ranks)
         self.skipped = self.skipped_in_a_row = 0
+        self._faults_before: dict[str, Any] | None = None
         position = self._resume(checkpoint) if checkpoint is not None else DataCursor()
         labels = {name: catalog.class_names for name, catalog in data.catalogs.items()}
         claim_folder(self.files, config, labels, ranks, overwrite)  # from here on the run has begun
@@ -86,7 +87,9 @@ class Trainer:
         self.board = Board(self.files.tensorboard, position.step + 1, ranks.is_main)
         total = self.schedule.total_steps
         self.console = Console(total, position.step, self.files.log, ranks.is_main)
-        self.faults = FaultReport(self.loaders, self.evaluator, self.console, self.board)
+        self.faults = FaultReport(
+            self.loaders, self.evaluator, self.console, self.board, self._faults_before
+        )
         self._unseen = set(section.data.datasets)  # datasets whose batch is still to be pictured
         self._alpha_losses: dict[str, torch.Tensor] = {}  # the latest of each dataset
         for line in warm_report:
@@ -218,7 +221,7 @@ class Trainer:
             rate,
             waited,
         )
-        self.faults.collect(done)
+        self.faults.report(done)
 
     def _pictures(self, done: int) -> None:
         self._unseen = set(self.section.data.datasets)
@@ -270,7 +273,7 @@ class Trainer:
         picks = {k: a for k, a in self.subnets().items() if "fixed" not in k}
         names = self.section.data.datasets if self.section.log.test_at_end else ()
         scores = {name: self.scores(picks, name, "test") for name in names}
-        self.faults.collect(self.schedule.total_steps)
+        self.faults.report(self.schedule.total_steps)
         if not self.ranks.is_main:
             return {}
         faults = {
@@ -289,11 +292,13 @@ class Trainer:
 
     def save(self, done: int) -> Path:
         """A checkpoint after `done` steps, on all ranks."""
+        self.faults.collect(done)
         state = {
             "position": self.drawer.position.state_dict(),
             "learner": self.learner.state_dict(),
             "choices": self.choices.state_dict(),
             "skipped": (self.skipped, self.skipped_in_a_row),
+            "faults": self.faults.state_dict(),
             "meters": self.meters.state_dict(),
             "identity": self._identity(),
         }
@@ -313,6 +318,7 @@ class Trainer:
         self.choices.load_state_dict(state["choices"])
         self.meters.load_state_dict(state["meters"])
         self.skipped, self.skipped_in_a_row = state["skipped"]
+        self._faults_before = state["faults"]
         return DataCursor.from_state(state["position"])
 
     def _identity(self) -> dict[str, Any]:
