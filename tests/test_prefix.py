@@ -228,7 +228,8 @@ class FakeTuner:
 
     def __init__(self, net: Supernet, kill_at: int | None = None):
         data = SimpleNamespace(fingerprint=lambda: 5)
-        self.run = SimpleNamespace(ranks=CPU, checkpoint=Path("step1"), data=data)
+        config = parse_config(small_config())
+        self.run = SimpleNamespace(ranks=CPU, weights="digest", data=data, config=config)
         self.net, self.kill_at, self.position = net, kill_at, {"cursor": 7}
 
     def __call__(self, space: SearchSpace) -> None:
