@@ -707,6 +707,11 @@ def test_probing_processes_that_do_not_start_are_said_in_words(
     words: str,
 ) -> None:
     clips(tmp_path / "data")
+    if name == "STARTUP":
+        sleeper = tmp_path / "sleeper"
+        sleeper.write_text("#!/bin/sh\nexec sleep 30\n")
+        sleeper.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(sleeper))
     monkeypatch.setattr(where, name, value)
     assert script(tmp_path, "--layout", "folders") == 2
     error = capsys.readouterr().err
