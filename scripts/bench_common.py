@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vimnas_ds.model.attention import attention_backend
 from vimnas_ds.ops import _extension
-from vimnas_ds.processes import keep_freed_memory
+from vimnas_ds.processes import keep_freed_memory, processor_name
 
 Side = Callable[[], object]
 
@@ -76,10 +74,7 @@ def machine(device: torch.device) -> str:
     """The processor's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return processor_name()
 
 
 def interleave(

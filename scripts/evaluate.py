@@ -18,7 +18,7 @@ or is not on the disk, is left out of the accuracies, counted and named.
 Prints top-1, top-5, params and GFLOPs per view x views. Writes RUN/evaluation.json (every field:
 vimnas_ds/search/evaluation.py), .csv, and one picture per dataset and sub-network beside them,
 evaluation-DATASET-NAME.png: confusion matrix and accuracy per class; with more than 40 classes the
-most confused pairs and the worst classes. Cost: the network's, and on a CPU 0.7 CPU-seconds of
+most confused pairs and the worst classes. Cost: the network's, and on a CPU 0.3 CPU-seconds of
 decoding, resizing and cropping for 4 x 3 views of a 10 s, 340 x 256 video (bench_views.py).
 """
 

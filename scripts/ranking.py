@@ -31,7 +31,14 @@ from vimnas_ds.report.confusion import write_figure
 from vimnas_ds.report.ranking import ranking_figure
 from vimnas_ds.report.search_board import SearchBoard
 from vimnas_ds.search.alone import Trainings, epochs_within, shortened
-from vimnas_ds.search.cli import Progress, build_parser, open_evaluations, run_script, say_left_out
+from vimnas_ds.search.cli import (
+    Progress,
+    add_cache_arguments,
+    build_parser,
+    open_evaluations,
+    run_script,
+    say_left_out,
+)
 from vimnas_ds.search.objective import Objective, parse_objective
 from vimnas_ds.search.ranking import FEWEST, Ranking, build_ranking, choose_archs
 from vimnas_ds.search.run import SearchRun, open_network, open_run
@@ -68,14 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="datasets compared, and their weights in the mean; default: all of the run, equally",
     )
     add("--out", type=Path, metavar="DIR", help="where results go; default: RUN/ranking")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="where inherited accuracies are kept; default: RUN/search_cache",
-    )
-    where.add_argument("--no_cache", action="store_true", help="neither find nor keep any")
+    add_cache_arguments(parser)
     parser.set_defaults(metric="top1")
     return parser.parse_args(argv)
 

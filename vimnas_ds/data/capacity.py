@@ -49,6 +49,11 @@ class Capacity:
         )
 
 
+def decoding_threads(section: DataSection, world_size: int) -> int:
+    """Threads with which one process of `world_size` reads and decodes files."""
+    return section.workers or min(16, cores_per_process(world_size))
+
+
 def plan_capacity(
     section: DataSection,
     sample_bytes: Mapping[str, int],
@@ -63,7 +68,7 @@ def plan_capacity(
         batch_sizes: samples per batch of this process, of every kind of batch it will ask for.
     """
     sizes = list(batch_sizes)
-    workers = section.workers or min(16, cores_per_process(world_size))
+    workers = decoding_threads(section, world_size)
     free = available_memory() // local_processes(world_size)
     decoded = max(sizes) * max(sample_bytes.values())
     finished = max(sizes) * max(_finished_bytes(d) for d in section.datasets.values())

@@ -13,7 +13,7 @@ from vimnas_ds.config import DataSection
 from vimnas_ds.data.ahead import Ahead, Wanted
 from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.batches import Batch
-from vimnas_ds.data.capacity import Capacity, plan_ahead, plan_capacity
+from vimnas_ds.data.capacity import Capacity, decoding_threads, plan_ahead, plan_capacity
 from vimnas_ds.data.catalog import Catalog, scan_dataset
 from vimnas_ds.data.footprint import sample_bytes
 from vimnas_ds.data.index import open_index
@@ -21,7 +21,6 @@ from vimnas_ds.data.listing import ABSENT
 from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.readers import Readers
 from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog, with_bare_ids
-from vimnas_ds.processes import cores_per_process
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Loaders:
     ):
         self.data, self.seed = data, seed
         self.rank, self.world_size, self.device = rank, world_size, device
-        self.workers = data.section.workers or min(16, cores_per_process(world_size))
+        self.workers = decoding_threads(data.section, world_size)
         self.pool = Readers(self.workers, data.section.file_timeout)
         self._training: dict[tuple[str, str], TrainLoader] = {}
         self._evaluated: dict[tuple[str, str], int] = {}  # bytes of a decoded sample

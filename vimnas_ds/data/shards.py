@@ -61,7 +61,7 @@ class About:
         name, kind, layout: the dataset's, as in its configuration.
         class_names: by class number.
         shard_sizes: of every shard, in bytes.
-        plan: digest of which files lie where (see `shard_plan`).
+        plan: digest of which files lie where (see `shard_build`).
     """
 
     name: str

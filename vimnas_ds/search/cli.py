@@ -64,6 +64,11 @@ def add_search_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help=f"where results go; default: RUN/{folder}"
     )
+    add_cache_arguments(parser)
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """Whether and where evaluations are kept."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--cache",

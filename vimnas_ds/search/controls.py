@@ -21,7 +21,7 @@ from vimnas_ds.model.alphas import Alphas
 from vimnas_ds.search.constraints import Constraints, Range
 from vimnas_ds.search.evolve import Evolution, EvolutionOptions, sample_distinct
 from vimnas_ds.search.objective import Objective
-from vimnas_ds.search.perturb import PerturbationSearch
+from vimnas_ds.search.perturb import PerturbationSearch, evaluations_needed
 from vimnas_ds.search.prefix import PrefixCache
 from vimnas_ds.search.run import SearchRun
 from vimnas_ds.search.scoring import ArchScorer, Evaluations
@@ -103,17 +103,12 @@ def _same_weights(run: SearchRun, result: Mapping[str, Any]) -> bool:
     return Path(str(result.get("checkpoint"))).name == run.checkpoint.name
 
 
-def needed(choices: int, rule: str) -> int:
-    """Evaluations that perturbation takes to make a decision of so many choices."""
-    return choices + 1 if rule == "keep" else choices * (choices + 1) // 2
-
-
 def evaluations_of(result: Mapping[str, Any]) -> int | None:
     """How many a search took, by its result.json; None where that does not tell."""
     if "decisions" not in result:
         return result.get("evaluated")
     sizes = [len(decision["accuracy_without"]) for decision in result["decisions"]]
-    return sum(needed(n, result.get("rule", "keep")) for n in sizes)
+    return sum(evaluations_needed(n, result.get("rule", "keep")) for n in sizes)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -142,7 +137,7 @@ def fixed_perturbation(
     """Perturbation with uniform probabilities: DARTS-PT found it as good as learned ones."""
     search = PerturbationSearch(evaluations, alphas=None, prefixes=prefixes)
     made = list(search.decide_all(progress))
-    count = sum(needed(len(decision.accuracy), search.rule) for decision in made)
+    count = sum(evaluations_needed(len(decision.accuracy), search.rule) for decision in made)
     name = "fixed alpha + perturbation"
     return Entry(name, "control", search.state.arch(), evaluations=count)
 

@@ -57,7 +57,7 @@ def choose_point(points: Sequence[Point], pick: str | float) -> int:
 
 def accuracy_error(scored: Scored) -> float:
     """The standard error of the weighted mean accuracy, by the samples' number (binomial)."""
-    scores = {name: scored.outcomes[name].score for name in scored.objective.weights}
+    scores = scored.scores
     variance = sum(
         weight**2 * scores[name].top1 * (1 - scores[name].top1) / scores[name].count
         for name, weight in scored.objective.weights.items()

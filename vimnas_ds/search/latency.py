@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import random
 import statistics
 import time
@@ -34,6 +33,7 @@ from torch import Tensor
 from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.model.block import ModelOptions
 from vimnas_ds.model.subnet import SubNetwork
+from vimnas_ds.processes import processor_name
 from vimnas_ds.search.run import SearchRun
 from vimnas_ds.space import Arch, SearchSpace
 from vimnas_ds.train.ranks import gather_objects
@@ -122,7 +122,7 @@ def conditions(
     """What a latency depends on besides the architecture."""
     data, on_cpu = config.vimnas.data.datasets[dataset], device.type == "cpu"
     return {
-        "device": _processor() if on_cpu else torch.cuda.get_device_name(device),
+        "device": processor_name() if on_cpu else torch.cuda.get_device_name(device),
         "threads": threads if on_cpu else 0,
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -132,13 +132,6 @@ def conditions(
         "network": {key: repr(value) for key, value in network_of(config).items()},
         "space": repr(config.vimnas.search_space),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def measure(

@@ -19,12 +19,11 @@ from torch import Tensor
 from vimnas_ds.config import ConfigError
 from vimnas_ds.confusion import Confusion
 from vimnas_ds.data.bad import DataMissing
-from vimnas_ds.data.capacity import plan_ahead
+from vimnas_ds.data.capacity import decoding_threads, plan_ahead
 from vimnas_ds.data.footprint import sample_bytes
 from vimnas_ds.data.readers import Readers
 from vimnas_ds.data.view_loader import ViewBatch, ViewLoader
 from vimnas_ds.data.views import Placement, ViewPlan
-from vimnas_ds.processes import cores_per_process
 from vimnas_ds.search.run import SearchRun
 from vimnas_ds.train.ranks import gather_objects, sum_over_ranks
 from vimnas_ds.train.run_files import CheckpointError
@@ -86,7 +85,7 @@ class MultiViewEvaluator:
             except ValueError as err:
                 raise ConfigError(str(err)) from err
         data = run.config.vimnas.data
-        self._workers = data.workers or min(16, cores_per_process(run.ranks.world_size))
+        self._workers = decoding_threads(data, run.ranks.world_size)
         self._pool = Readers(self._workers, data.file_timeout)
 
     def plan(self, dataset: str) -> ViewPlan:

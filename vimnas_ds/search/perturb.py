@@ -29,6 +29,11 @@ Rule = Literal["keep", "eliminate"]
 Order = Literal["as_listed", "from_the_input", "random"]
 
 
+def evaluations_needed(choices: int, rule: Rule) -> int:
+    """To make a decision of so many choices."""
+    return choices + 1 if rule == "keep" else choices * (choices + 1) // 2
+
+
 class OpenChoices:
     """Which choices of every decision are still open, and the probabilities over them."""
 
@@ -220,9 +225,7 @@ class PerturbationSearch:
     def num_evaluations(self) -> int:
         """How many evaluations the search still needs at most."""
         sizes = [len(c) for c in self.state.open.values()]
-        if self.rule == "keep":
-            return sum(n + 1 for n in sizes if n > 1)
-        return sum(n * (n + 1) // 2 for n in sizes if n > 1)
+        return sum(evaluations_needed(n, self.rule) for n in sizes if n > 1)
 
     def num_tunings(self) -> int:
         """How many tunings the search still does at most."""

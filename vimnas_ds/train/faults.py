@@ -31,12 +31,12 @@ class FaultReport:
         self._console, self._board = console, board
         self._before: Mapping[str, Any] = before or {}
         self._named: set[tuple[str, str]] = set()
-        self.replaced: Counter[str] = (
-            Counter()
-        )  #: samples replaced so far, by dataset, of all ranks
-        self.slow_batches: Counter[str] = Counter()  #: of which DALI refused a file, likewise
-        self.left_out: dict[str, set[str]] = {}  #: files that no evaluation counts, likewise
-        self.reasons: dict[str, Counter[str]] = {}  #: the replaced samples by what was wrong
+        #: by dataset, of all ranks: samples replaced so far, and by what was wrong with them;
+        #: batches of which DALI refused a file; files that no evaluation counts
+        self.replaced: Counter[str]
+        self.reasons: dict[str, Counter[str]]
+        self.slow_batches: Counter[str]
+        self.left_out: dict[str, set[str]]
         self._start()
 
     def _start(self) -> None:
