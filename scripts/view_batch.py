@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 
 import torch
@@ -28,9 +28,10 @@ from PIL import Image
 
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyBadFiles
+from vimnas_ds.data.capacity import decoding_threads
 from vimnas_ds.data.joint import JointData, open_datasets
 from vimnas_ds.data.loader import Batch, EvalLoader, TrainLoader
-from vimnas_ds.processes import cores_per_process
+from vimnas_ds.data.readers import Readers
 from vimnas_ds.report.pictures import Picture, captions, contact_sheet, under_titles
 from vimnas_ds.train.objective import Objective
 
@@ -79,7 +80,7 @@ def training_batch(
     data: JointData,
     name: str,
     args: argparse.Namespace,
-    pool: ThreadPoolExecutor,
+    pool: Executor,
 ) -> Batch:
     """The first samples of a batch, `--count` or a few more: the share of a rank that has them."""
     total = config.global_batch if args.split == "train" else config.alpha_batch
@@ -96,9 +97,7 @@ def training_batch(
         loader.close()
 
 
-def evaluation_batch(
-    data: JointData, name: str, args: argparse.Namespace, pool: ThreadPoolExecutor
-) -> Batch:
+def evaluation_batch(data: JointData, name: str, args: argparse.Namespace, pool: Executor) -> Batch:
     """Samples of the split in their order, unusable ones left out."""
     samples = data.splits[name][args.split]
     begin = args.batch * args.count
@@ -124,7 +123,7 @@ def sheet_of(
     data: JointData,
     name: str,
     args: argparse.Namespace,
-    pool: ThreadPoolExecutor,
+    pool: Executor,
 ) -> tuple[str, Picture]:
     """(title, picture) of one dataset's batch."""
     section = data.section.datasets[name]
@@ -159,7 +158,9 @@ def main(argv: list[str] | None = None) -> int:
                 f"--dataset {args.dataset}: {args.deepspeed_config} has {', '.join(known)}"
             )
         data = open_datasets(config.vimnas.data)
-        with ThreadPoolExecutor(cores_per_process(1)) as pool:
+        with Readers(
+            decoding_threads(config.vimnas.data, 1), config.vimnas.data.file_timeout
+        ) as pool:
             chosen = list(known) if args.dataset is None else [args.dataset]
             sheets = dict(sheet_of(config, data, name, args, pool) for name in chosen)
         page = Image.fromarray(under_titles(sheets))

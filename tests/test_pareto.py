@@ -35,10 +35,9 @@ class Planted:
         return self.accuracy
 
     @property
-    def outcomes(self):
-        score = SimpleNamespace(top1=self.accuracy, count=50)
+    def scores(self):
         other = SimpleNamespace(top1=0.5, count=200)
-        return {"imagenet": SimpleNamespace(score=score), "k400": SimpleNamespace(score=other)}
+        return {"imagenet": SimpleNamespace(top1=self.accuracy, count=50), "k400": other}
 
     @property
     def rank_key(self) -> tuple[float, float]:

@@ -350,8 +350,7 @@ shard_build.build_shards("toy", section, Path(sys.argv[2]), 25_000, show=False)
 """
 
 
-def test_a_killed_run_is_continued_to_the_same_bytes(pictures: Packed) -> None:
-    killed = pictures.folder / "killed"
+def kill_after_two_shards(pictures: Packed, killed: Path) -> None:
     data = joint(pictures.dataset, pictures.folder).model_dump_json()
     done = subprocess.run(
         [sys.executable, "-c", KILLED, data, str(killed)],
@@ -361,6 +360,11 @@ def test_a_killed_run_is_continued_to_the_same_bytes(pictures: Packed) -> None:
         text=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_a_killed_run_is_continued_to_the_same_bytes(pictures: Packed) -> None:
+    killed = pictures.folder / "killed"
+    kill_after_two_shards(pictures, killed)
     begun = content(killed)
     assert begun.keys() == {"toy-000000.tar", "toy-000001.tar"}
     stamps = {name: (killed / name).stat().st_mtime_ns for name in begun}
@@ -372,6 +376,16 @@ def test_a_killed_run_is_continued_to_the_same_bytes(pictures: Packed) -> None:
     assert not list(killed.glob(".*partial"))
 
 
+def test_a_shard_whose_checksums_a_power_cut_took_is_written_again(pictures: Packed) -> None:
+    cut = pictures.folder / "cut"
+    kill_after_two_shards(pictures, cut)
+    first, second = sorted((cut / ".parts").glob("*.crc"))
+    first.unlink()
+    os.truncate(second, second.stat().st_size - 3)
+    assert pack(pictures.dataset, pictures.folder, cut).kept == 0
+    assert content(cut) == content(pictures.out)
+
+
 def test_a_full_disk_is_said_in_words_and_leaves_nothing_half_written(
     pictures: Packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,7 +393,7 @@ def test_a_full_disk_is_said_in_words_and_leaves_nothing_half_written(
 
     def full(number: int) -> None:
         written.append(number)
-        if len(written) == 2:
+        if len(written) == 3:  # the first shard and its checksums are on the disk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from vimnas_ds.data.bad import BadFile
 from vimnas_ds.data.decode import read_clip
+from vimnas_ds.data.images import understood
 from vimnas_ds.export import ExportError, load_subnet, read_json
 
 
@@ -36,11 +36,8 @@ def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
     Raises BadFile for a file that cannot be decoded.
     """
     if steps["frames"] is None:
-        try:
-            with Image.open(file) as picture:
-                rgb = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-        except (OSError, ValueError) as err:
-            raise BadFile(str(file), f"not a readable picture: {err}") from err
+        with understood(file), Image.open(file) as picture:
+            rgb = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
         pixels = rgb.transpose(2, 0, 1)[None]
     else:
         pixels = read_clip(file, steps["frames"], steps["fps"], 0.5)

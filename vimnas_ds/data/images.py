@@ -43,7 +43,7 @@ def read_image(path: Media, verify: bool, transcode: bool = False) -> EncodedIma
     Raises:
         BadFile: unreadable, not an image, truncated or corrupt.
     """
-    with _understood(path):
+    with understood(path):
         raw = path.read_bytes()
         with Image.open(io.BytesIO(raw)) as image:
             if transcode or (image.format, image.mode) not in DIRECT:
@@ -63,14 +63,14 @@ def encoded_bytes(path: Media) -> int:
         BadFile: unreadable or not an image.
     """
     source = path.stream() if isinstance(path, Blob) else path
-    with _understood(path), Image.open(source) as image:
+    with understood(path), Image.open(source) as image:
         if (image.format, image.mode) in DIRECT:
             return length_of(path)
         return 3 * image.width * image.height
 
 
 @contextmanager
-def _understood(path: Media) -> Iterator[None]:
+def understood(path: Media) -> Iterator[None]:
     """Whatever Pillow raises on damaged files becomes `BadFile`."""
     try:
         yield

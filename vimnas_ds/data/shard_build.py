@@ -45,6 +45,7 @@ from vimnas_ds.data.shards import (
     shard_name,
     write_members,
 )
+from vimnas_ds.durable import flush
 
 #: What a folder of shards consists of.
 OURS = re.compile(r"\w+-\d{6}\.tar|members\.parquet|index\.parquet")
@@ -249,13 +250,24 @@ def _finished(out: Path, files: Sequence[Path], plan: Plan) -> dict[int, Checksu
     finished = {}
     for i, (file, size) in enumerate(zip(files, plan.sizes, strict=True)):
         if file.is_file() and file.stat().st_size == size:
-            part = _part(out, i)
-            finished[i] = np.load(part, allow_pickle=False) if part.is_file() else known[i]
+            checksums = _read_part(_part(out, i), len(plan.shards[i]))
+            if checksums is None:
+                checksums = known.get(i)
+            if checksums is not None:
+                finished[i] = checksums
     return finished
 
 
+def _read_part(part: Path, members: int) -> Checksums | None:
+    """None where it is not there, or was cut short by a power cut."""
+    if not part.is_file():
+        return None
+    data = part.read_bytes()
+    return np.frombuffer(data, np.uint32) if len(data) == 4 * members else None
+
+
 def _part(out: Path, number: int) -> Path:
-    return out / PARTS / f"{number:06d}.npy"
+    return out / PARTS / f"{number:06d}.crc"
 
 
 def _count(plan: Plan, finished: dict[int, Checksums]) -> int:
@@ -289,7 +301,9 @@ def _write_shard(
             tar.write(bytes(_closed(tar.tell()) - tar.tell()))
             tar.flush()
             os.fsync(tar.fileno())
-        np.save(_part(out, number), checksums, allow_pickle=False)
+        part = _part(out, number)
+        part.write_bytes(checksums.tobytes())
+        flush(part)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
