@@ -24,9 +24,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from vimnas_ds.config import ConfigError, DataSection, DatasetSection, load_config
+from vimnas_ds.config import (
+    ConfigError,
+    DataSection,
+    DatasetSection,
+    dataset_section,
+    load_config,
+)
 from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyUnusable, are_too_many
 from vimnas_ds.data.index_build import build_index, locked
 from vimnas_ds.data.index_file import read_header
@@ -120,11 +124,7 @@ def choose(args: argparse.Namespace) -> tuple[str, DatasetSection, Path, float]:
         root = Path(given.get("root") or values["root"] or ".")
         given["layout"] = recognise_layout(root / given["annotations"])
         print(f"{name}: {given['annotations']} is read as layout {given['layout']}")
-    try:
-        section = DatasetSection.model_validate({**values, **given, "shards": None})
-    except ValidationError as error:
-        messages = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
-        raise ConfigError(f"{name}: {'; '.join(messages)}") from error
+    section = dataset_section(name, {**values, **given, "shards": None})
     return name, section, file, max_bad_share
 
 

@@ -24,9 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from vimnas_ds.config import ConfigError, DataSection, DatasetSection, load_config
+from vimnas_ds.config import ConfigError, DataSection, dataset_section, load_config
 from vimnas_ds.data.bad import BadAnnotations, DataMissing
 from vimnas_ds.data.index_file import read_header
 from vimnas_ds.data.shard_build import Written, build_shards
@@ -90,11 +88,7 @@ def choose(args: argparse.Namespace) -> tuple[str, DataSection]:
             )
         values = config.datasets[name].model_dump(mode="json")
         values["root"] = args.root or values["root"]
-    try:
-        dataset = DatasetSection.model_validate({**values, "shards": None})
-    except ValidationError as error:
-        messages = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
-        raise ConfigError(f"{name}: {'; '.join(messages)}") from error
+    dataset = dataset_section(name, {**values, "shards": None})
     if args.max_bad_share is not None:
         options["max_bad_share"] = args.max_bad_share
     return name, DataSection(**{**options, "datasets": {name: dataset}})

@@ -569,6 +569,15 @@ class RunConfig(Section):
         return config
 
 
+def dataset_section(name: str, values: dict[str, Any]) -> DatasetSection:
+    """One dataset's section from its keys. Raises ConfigError in words."""
+    try:
+        return DatasetSection.model_validate(values)
+    except ValidationError as error:
+        messages = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
+        raise ConfigError(f"{name}: {'; '.join(messages)}") from error
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read, override (`vimnas.data.datasets.k400.root=/data/k400`) and check a configuration.
 

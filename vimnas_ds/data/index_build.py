@@ -40,8 +40,6 @@ from vimnas_ds.data.listing import ABSENT, Sample
 from vimnas_ds.data.probe import MISSING, UNREADABLE, USABLE, Verdict
 from vimnas_ds.data.probe_pool import ProbeLimits, probe_files
 
-#: Headers of so few images are read in this process: starting others would take longer.
-FEW_IMAGES = 4000
 #: Seconds, and files, between two parts.
 PART_SECONDS, PART_FILES = 30.0, 20_000
 #: Files whose size and time one thread asks for in a row.
@@ -108,8 +106,6 @@ def build_index(
     kept = len(verdicts)
     with _written(file):
         parts.mkdir(parents=True, exist_ok=True)
-    if section.is_image and not limits.thorough and len(left) <= FEW_IMAGES:
-        limits = limits._replace(workers=0)
     parted = _Parts(parts, header)
     probing = probe_files(root, left, section.is_image, limits)
     bar = tqdm(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vimnas_ds.data.bad import DataMissing
-from vimnas_ds.data.probe import TIMED_OUT, UNREADABLE, UNUSABLE, Verdict, probe_file
+from vimnas_ds.data.probe import TIMED_OUT, UNREADABLE, UNUSABLE, Verdict
 from vimnas_ds.data.probe_worker import READY, decode_verdict
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -44,14 +44,9 @@ def probe_files(
 ) -> Generator[tuple[str, Verdict], None, None]:
     """Probes root/path for every path, in no certain order; close the iterator to stop early.
 
-    With `limits.workers` 0 it happens in this process, for headers of a few images only.
-
     Raises:
         DataMissing: a process cannot be started at all.
     """
-    if limits.workers == 0:
-        yield from ((path, probe_file(root / path, is_image, limits.thorough)) for path in paths)
-        return
     waiting = deque(paths)
     suspects: set[str] = set()  # at hand when a process died
     workers: list[_Worker] = []
