@@ -138,9 +138,10 @@ def test_the_csv_of_an_earlier_search_lives_until_the_first_row(tmp_path):
     log.path.write_text("earlier\n")
     evaluations = open_planted(PlantedNet(worth=worth), tmp_path)
     assert log.path.read_text() == "earlier\n"
-    ArchScorer(evaluations).score_all("x", [NANO.largest()], lambda: None)
+    for arch in (NANO.largest(), NANO.smallest()):
+        ArchScorer(evaluations).score_all("x", [arch], lambda: None)
     assert log.path.read_text().startswith("what,candidate")
-    assert len(log.path.read_text().splitlines()) == 2
+    assert len(log.path.read_text().splitlines()) == 3
 
 
 def test_weights_and_metric_decide_as_they_say(tmp_path):
