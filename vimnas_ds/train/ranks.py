@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import enum
+import functools
 import itertools
+import operator
 import os
 import warnings
 from collections.abc import Callable
@@ -136,21 +139,32 @@ def _exchange(mine: str, ranks: Ranks) -> list[str]:
     return found
 
 
+class Wish(enum.IntFlag):
+    """What one rank asks all ranks to do once the step that is under way is done."""
+
+    SAVE = 1
+    STOP = 2  #: save, then end with a status that says: to be resumed
+
+
 class RanksDisagree(RuntimeError):
     """Ranks were about to train different things."""
 
 
-def check_agreement(fingerprint: int, what: str, ranks: Ranks) -> None:
-    """Raise RanksDisagree, naming the ranks, unless all hold the same 63-bit fingerprint."""
+def check_agreement(fingerprint: int, what: str, ranks: Ranks, wish: int = 0) -> int:
+    """Raise RanksDisagree, naming the ranks, unless all hold the same 63-bit fingerprint.
+
+    Returns the union of all ranks' wishes (63 bits), which then all know (see `Wish`).
+    """
     if ranks.world_size == 1:
-        return
-    mine = torch.tensor([fingerprint], dtype=torch.int64, device=ranks.device)
+        return wish
+    mine = torch.tensor([fingerprint, wish], dtype=torch.int64, device=ranks.device)
     seen = [torch.empty_like(mine) for _ in range(ranks.world_size)]
     dist.all_gather(seen, mine)
-    values = [int(v) for v in torch.cat(seen)]
+    values, wishes = (column.tolist() for column in torch.stack(seen).T)
     if len(set(values)) > 1:
         odd = [r for r, v in enumerate(values) if v != values[0]]
         raise RanksDisagree(f"{what}: ranks {odd} differ from rank 0 (this rank: {ranks.rank})")
+    return functools.reduce(operator.or_, wishes)
 
 
 def sum_over_ranks(value: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -28,6 +28,7 @@ class StepResult:
     correct: Tensor  #: how many of them the network got right (before any mixing of labels)
     count: int
     waited: float  #: seconds until the batch was there
+    wishes: int  #: of all ranks, see `ranks.Wish`
 
 
 class WeightStepper:
@@ -40,9 +41,11 @@ class WeightStepper:
         #: the batch of the latest step as the network saw it before mixing: (x, y)
         self.latest: tuple[Tensor, Tensor] | None = None
 
-    def step(self, context: StepContext, lr: float, keep_batch: bool = False) -> StepResult:
+    def step(
+        self, context: StepContext, lr: float, keep_batch: bool = False, wish: int = 0
+    ) -> StepResult:
         """One optimiser step on all ranks. `keep_batch` leaves a copy of its first samples
-        in `latest`.
+        in `latest`; `wish`: what this rank asks all to do after it (`ranks.Wish`).
 
         Raises RanksDisagree before the forward pass if ranks drew different things.
         """
@@ -52,7 +55,7 @@ class WeightStepper:
         batch = self.loaders.batch(name, "train", size, number)
         waited = time.perf_counter() - started
         what = f"step {context.step}, {name}, {arch}"
-        check_agreement(context.fingerprint(), what, self.ranks)
+        wishes = check_agreement(context.fingerprint(), what, self.ranks, wish)
         # drop path and mixup depend on (seed, cursor, rank) alone, so a resumed run repeats them
         seed = derive_seed("step", self.config.vimnas.seed, context.cursor, self.ranks.rank)
         torch.manual_seed(seed)
@@ -68,4 +71,4 @@ class WeightStepper:
         decay = self._sections[name].weight_decay
         self.engine.optimizer.activate(context.activation, lr, decay)
         self.engine.weight_step(loss)
-        return StepResult(loss.detach(), count_correct(logits, y), len(y), waited)
+        return StepResult(loss.detach(), count_correct(logits, y), len(y), waited, wishes)
