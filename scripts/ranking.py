@@ -142,7 +142,9 @@ def score_alone(
 ) -> Scored:
     """A training's own weights on the samples that the run has decoded."""
     run = evaluations.run
-    alone = open_network(trainings.checkpoint(number), run.ranks)
+    checkpoint = trainings.checkpoint(number)
+    assert checkpoint is not None  # it is finished
+    alone = open_network(checkpoint, run.ranks)
     theirs = replace(
         run, config=alone.config, checkpoint=alone.checkpoint, net=alone.net, weights=alone.weights
     )

@@ -31,6 +31,7 @@ from vimnas_ds.train.open_data import open_data
 from vimnas_ds.train.ranks import (
     CannotStart,
     RanksDisagree,
+    rank_zero_decides,
     run_together,
     settle_on_cpu,
     start_ranks,
@@ -123,17 +124,21 @@ def prepare(args: argparse.Namespace) -> Trainer:
 
     ranks = start_ranks()
 
-    def check() -> tuple[RunConfig, Path | None]:
+    def check() -> RunConfig:
         config = configure(args)
         config.micro_batch(ranks.world_size)
         config.micro_batch(ranks.world_size, config.alpha_batch)
-        files = RunFiles(config.vimnas.output_dir)
-        return config, choose_start(files, args.resume, args.overwrite)
+        return config
 
-    config, start = run_together(check, ranks)
+    config = run_together(check, ranks)
+    files = RunFiles(config.vimnas.output_dir)
+    found = rank_zero_decides(
+        lambda: str(choose_start(files, args.resume, args.overwrite) or ""), ranks
+    )
+    start = Path(found) if found else None
     data = open_data(config.vimnas.data, ranks, Path(args.deepspeed_config))
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
-    trainer = Trainer(config, data, ranks, start, args.overwrite)
+    trainer = Trainer(config, data, ranks, start)
     trainer.console.say(f"ready {time.time() - STARTED:.1f} s after the process started")
     return trainer
 

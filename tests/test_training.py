@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.runs import RESUME_AT, train
 from vimnas_ds.config import load_config
 from vimnas_ds.data.joint import open_datasets
+from vimnas_ds.train.fragments import rank_file
 
 pytestmark = pytest.mark.slow
 
@@ -47,39 +47,20 @@ def draws(run: Path) -> list[tuple[str, ...]]:
     return re.findall(pattern, (run / "train.log").read_text())
 
 
-def compare(a: object, b: object, where: str) -> int:
-    """Fails at the first difference; returns the number of tensors compared."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-        return 1
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        return sum(compare(a[k], b[k], f"{where}.{k}") for k in a)
-    if isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        return sum(compare(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b)))  # noqa: B905
-    return 0
-
-
 def test_a_resumed_run_continues_bit_equal(pair):
+    """Every file of the last checkpoint: weights, moments, counts, alphas, cursor, RNG."""
     whole, resumed = (last_checkpoint(run) for run in pair)
     assert whole.name == resumed.name > f"step{RESUME_AT:08d}"
-    a, b = (load_file(p / "supernet.safetensors") for p in (whole, resumed))
-    assert compare(a, b, "weights") > 40
-    for shard in sorted(p.name for p in whole.glob("*_optim_states.pt")):
-        # the run's own files, DeepSpeed's format: not readable with weights_only
-        a, b = (torch.load(p / shard, weights_only=False) for p in (whole, resumed))
-        assert compare(a["optimizer_state_dict"], b["optimizer_state_dict"], shard) >= 6
-    a, b = (
-        torch.load(p / "mp_rank_00_model_states.pt", weights_only=False)["vimnas"]
-        for p in (whole, resumed)
+    names = sorted(file.name for file in whole.iterdir())
+    assert {"supernet.safetensors", "alphas.safetensors", "state.safetensors"} < set(names)
+    assert [n for n in names if n.startswith("rank")] == [rank_file(r, 2) for r in range(2)]
+    for name in names:
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+    state = load_file(whole / rank_file(0, 2))
+    assert {"python", "numpy", "torch"} <= {key.split("/")[1] for key in state if key[0] == "/"}
+    assert any(
+        key.startswith("exp_avg_sq/") and float(t.abs().max()) > 0 for key, t in state.items()
     )
-    assert a["position"] == b["position"]
-    assert a["choices"] == b["choices"]
-    assert compare(a["learner"], b["learner"], "alphas") > 17
-    assert compare(a["counts"], b["counts"], "counts") > 40
-    assert len(a["rng"]) == 2
-    assert compare([r["torch"] for r in a["rng"]], [r["torch"] for r in b["rng"]], "rng") == 2
 
 
 def test_a_resumed_run_writes_each_tensorboard_step_once(pair):
@@ -120,8 +101,6 @@ def test_the_result_is_a_table_and_the_same_numbers_in_json(pair):
 def test_a_run_is_never_mixed_with_an_older_one(folder, pair):
     with pytest.raises(AssertionError, match="already holds a run: --resume continues it"):
         train(folder, pair[0].name, ranks=1)
-    with pytest.raises(AssertionError, match="was saved by 2 ranks, this run has 1"):
-        train(folder, pair[0].name, "--resume", ranks=1)
 
 
 def test_broken_videos_are_replaced_named_and_counted_and_too_many_stop_the_run(folder, tmp_path):

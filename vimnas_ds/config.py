@@ -359,7 +359,15 @@ class CheckpointSection(Section):
     """Atomic checkpoints under OUTPUT_DIR/checkpoints."""
 
     every: int | None = Field(None, ge=1, description="Steps between saves; null: every epoch")
-    keep: int = Field(3, ge=1, description="Checkpoints kept")
+    minutes: Positive | None = Field(
+        None, description="Save as well when so much time has passed since the last; null: never"
+    )
+    keep: int = Field(3, ge=1, description="Checkpoints kept, the newest ones")
+    keep_best: bool = Field(
+        True,
+        description="Keep besides (`checkpoints/best`) the one with the best mean top-1 on `select`"
+        " over the datasets drawn so far and the sub-networks evaluated",
+    )
 
 
 class ArchSection(Section):

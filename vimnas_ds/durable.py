@@ -1,10 +1,12 @@
-"""Folders that are there as a whole or not at all, also after a power cut (no torch)."""
+"""Files and folders that are there as a whole or not at all, also after a power cut (no torch)."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+
+REPLACED = ".old-"  #: prefix of a folder that is being replaced
 
 
 def flush(path: Path) -> None:
@@ -16,14 +18,34 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace the file by one that holds `text`; a reader sees the old one or the new one."""
+    fresh = path.with_name(f".new-{path.name}")
+    fresh.write_text(text, encoding="utf-8")
+    flush(fresh)
+    fresh.replace(path)
+    flush(path.parent)
+
+
 def publish_folder(hidden: Path, final: Path) -> None:
     """Give the finished folder `hidden` its name, beside it; an older `final` is replaced."""
     for file in hidden.iterdir():
         flush(file)
-    replaced = final.with_name(f".old-{final.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
+    flush(hidden)
+    replaced = final.with_name(REPLACED + final.name)
     if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     hidden.rename(final)
     flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(root: Path) -> None:
+    """Put back what a process died over while it was replacing it (see `publish_folder`)."""
+    for replaced in root.glob(REPLACED + "*"):
+        final = root / replaced.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(final)

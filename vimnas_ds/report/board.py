@@ -20,6 +20,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from vimnas_ds.durable import flush
 from vimnas_ds.report import pictures
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Board:
     an earlier process wrote from there on is purged."""
 
     def __init__(self, log_dir: Path, step: int, enabled: bool = True) -> None:
+        self._log_dir = log_dir
         self._writer: SummaryWriter | None = None
         if enabled:
             _wait_for_newer_name(log_dir)
@@ -133,6 +135,13 @@ class Board:
             text = "".join(f"    {line}\n" for line in lines)  # Markdown: shown as they are
             readable = text.encode("utf-8", "backslashreplace").decode()
             self._writer.add_text(f"data/unusable/{dataset}", readable, step)
+
+    def flush(self) -> None:
+        """Until all points so far are on the disk: before a checkpoint that goes on after them."""
+        if self._writer is not None:
+            self._writer.flush()
+            for file in self._log_dir.glob("events.out.tfevents.*"):
+                flush(file)
 
     def close(self) -> None:
         """Write what is queued and close the file; may be called twice."""

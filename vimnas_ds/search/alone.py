@@ -194,7 +194,7 @@ class Trainings:
             )
         checkpoint = find_checkpoint(folder)
         (files.checkpoints / "latest").unlink()
-        for shard in checkpoint.glob("*.pt"):
+        for shard in checkpoint.glob("rank*.safetensors"):
             shard.unlink()
         result = {"checkpoint": str(checkpoint.relative_to(folder)), "seconds": round(seconds, 1)}
         fresh = folder / "result.new"

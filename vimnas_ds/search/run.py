@@ -23,6 +23,7 @@ from vimnas_ds.data.index_build import file_stats
 from vimnas_ds.data.joint import JointData, Loaders
 from vimnas_ds.data.listing import LOSSLESS
 from vimnas_ds.data.shards import MEMBERS
+from vimnas_ds.manifest import Damaged, read_manifest
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.train.engine import build_supernet
 from vimnas_ds.train.evaluate import Evaluator
@@ -31,11 +32,13 @@ from vimnas_ds.train.ranks import (
     Ranks,
     check_agreement,
     gather_objects,
+    rank_zero_decides,
     run_together,
     settle_on_cpu,
 )
 from vimnas_ds.train.run_files import (
     ALPHAS_FILE,
+    PLAIN_FILES,
     POSITION_FILE,
     WEIGHTS_FILE,
     CheckpointError,
@@ -130,14 +133,25 @@ def latest_run(root: Path = Path("runs")) -> Path:
     return max(found, key=lambda p: p.stat().st_mtime).parent.parent
 
 
-def open_network(
-    checkpoint: Path | None, ranks: Ranks, overrides: Sequence[str] = ()
-) -> TrainedNetwork:
-    """Open a checkpoint (a run's folder, one checkpoint, or None: the latest run's).
+def choose_checkpoint(checkpoint: Path | None, ranks: Ranks) -> Path:
+    """What `checkpoint` means (a run's folder, one checkpoint, or None: the latest run's); rank 0
+    decides, since a training may be saving at this moment.
+
+    Raises ConfigError or CheckpointError in words, or CannotStart where rank 0 did.
+    """
+
+    def decide() -> str:
+        given = checkpoint if checkpoint is not None else latest_run()
+        return str(find_checkpoint(given, PLAIN_FILES))
+
+    return Path(rank_zero_decides(decide, ranks))
+
+
+def open_network(path: Path, ranks: Ranks, overrides: Sequence[str] = ()) -> TrainedNetwork:
+    """Open a checkpoint found by `choose_checkpoint`.
 
     Raises ConfigError or CheckpointError in words when something is not there or does not fit.
     """
-    path = find_checkpoint(checkpoint if checkpoint is not None else latest_run())
     config = read_run_config(path, list(overrides))
     if overrides:
         check_same_network(path, config)
@@ -150,10 +164,9 @@ def open_network(
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
     net = build_supernet(config)
     try:
-        with (path / WEIGHTS_FILE).open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        weights = read_manifest(path).files[WEIGHTS_FILE].sha256
         net.load_state_dict(load_file(str(path / WEIGHTS_FILE)))
-    except (RuntimeError, SafetensorError) as err:
+    except (OSError, RuntimeError, SafetensorError, Damaged) as err:
         raise CheckpointError(f"{path / WEIGHTS_FILE} cannot be used: {err}") from err
     dtype = torch.bfloat16 if config.bf16(ranks.device.type == "cuda") else torch.float32
     net = net.to(ranks.device, dtype).eval().requires_grad_(False)
@@ -171,7 +184,8 @@ def open_run(
     Raises DataMissing, ConfigError, CheckpointError, CannotStart where another rank did, or
     RanksDisagree when the ranks see different files.
     """
-    network = run_together(lambda: open_network(checkpoint, ranks, overrides), ranks)
+    found = choose_checkpoint(checkpoint, ranks)
+    network = run_together(lambda: open_network(found, ranks, overrides), ranks)
     section, path = network.config.vimnas, network.checkpoint
     data = open_data(section.data, ranks, network.files.config)
     check_agreement(data.fingerprint(), "the lists of data files", ranks)

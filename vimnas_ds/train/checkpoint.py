@@ -1,10 +1,11 @@
-"""Atomic checkpoints around DeepSpeed's: `latest` never names an incomplete one.
+"""Checkpoints that are there as a whole or not at all: safetensors and JSON, no pickle.
 
-DeepSpeed writes into its final folder and moves `latest` before every shard is there. Here a
-checkpoint is written under a hidden name, flushed to disk, renamed, and only then named by
-`latest`. Beside DeepSpeed's shards (weights, fp32 masters, moments) it holds what DeepSpeed leaves
-out: update counts, alphas and their Adam, the data cursor, the RNG of all ranks, and the trained
-weights, alphas and the position as plain safetensors and JSON, for every tool that needs no engine.
+DeepSpeed's own are pickles, written in place, for one number of ranks. Here every rank writes its
+share of the optimiser's state and its RNG, rank 0 the rest; under a hidden name, flushed to disk,
+signed by a manifest of checksums, renamed, and only then named by `latest`. They hold all that a
+run is: fp32 masters, moments and update counts, alphas and their Adam, the data cursor, the RNG of
+all ranks. Bytes on disk: 4 per parameter for the weights and 4 for each elementwise state (12 with
+AdamW's two moments, 16 with an EMA).
 """
 
 from __future__ import annotations
@@ -18,26 +19,175 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from vimnas_ds.durable import flush, publish_folder
+from vimnas_ds.durable import flush, publish_folder, write_text
+from vimnas_ds.manifest import Damaged, FileEntry, read_manifest, write_manifest
 from vimnas_ds.train.engine import Engine
-from vimnas_ds.train.ranks import Ranks, gather_objects
+from vimnas_ds.train.fragments import (
+    elementwise,
+    fragment_files,
+    fragment_tensors,
+    load_fragments,
+    rank_file,
+)
+from vimnas_ds.train.ranks import CannotStart, Ranks, gather_objects, run_together
 from vimnas_ds.train.run_files import (
     ALPHAS_FILE,
+    BEST,
+    LATEST,
     POSITION_FILE,
     WEIGHTS_FILE,
     CheckpointError,
+    checkpoint_name,
+    newest_first,
 )
+from vimnas_ds.train.state_file import read_state, write_state
 
-STATE_KEY = "vimnas"  # DeepSpeed keeps its own state in the same dictionary
+STATE_FILE = "state.safetensors"  #: everything that is neither weights nor elementwise
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint that could not be written; the message says why and which one is left."""
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    engine: Engine,
+    state: dict[str, Any],
+    ranks: Ranks,
+    keep: int,
+    is_best: bool = False,
+) -> Path:
+    """Save everything under root/stepNNNNNNNN on all ranks, and name it in `latest` (and `best`);
+    the newest `keep` and the best stay. Collective.
+
+    Raises SaveFailed on all ranks when one cannot write; what was saved before is left alone.
+    """
+    tag = checkpoint_name(step)
+    hidden = root / f".tmp-{tag}"
+    try:
+        run_together(lambda: _prepare(hidden, engine) if ranks.is_main else None, ranks)
+        weights = engine.weights(keep=ranks.is_main)
+
+        def write() -> dict[str, FileEntry]:
+            written = [_write_rank(hidden, engine, ranks)]
+            if ranks.is_main:
+                written += _write_shared(hidden, weights, engine, state)
+            for file in written:
+                flush(file)  # by its writer: elsewhere it may still be in another machine's cache
+            return {file.name: FileEntry.of(file) for file in written}
+
+        mine = run_together(write, ranks)
+        files = {name: entry for part in gather_objects(mine) for name, entry in part.items()}
+
+        def publish() -> None:
+            write_manifest(hidden, files, {"step": step, "world_size": ranks.world_size})
+            publish_folder(hidden, root / tag)
+            write_text(root / LATEST, tag)
+            if is_best:
+                write_text(root / BEST, tag)
+            prune(root, keep)
+
+        run_together(lambda: publish() if ranks.is_main else None, ranks)
+    except (OSError, SafetensorError, CannotStart) as err:
+        if ranks.is_main:
+            shutil.rmtree(hidden, ignore_errors=True)
+        left = next((p.name for p in newest_first(root)), "none yet")
+        raise SaveFailed(
+            f"step {step} could not be saved under {root}: {err}; the last good checkpoint: {left}"
+        ) from err
+    return root / tag
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best; remains of dead saves too."""
+    best = (root / BEST).read_text().strip() if (root / BEST).is_file() else None
+    for old in newest_first(root)[keep:]:
+        if old.name != best:
+            shutil.rmtree(old)
+    for remains in root.glob(".tmp-*"):
+        shutil.rmtree(remains)
+
+
+def go_back(root: Path, tag: str) -> list[str]:
+    """Make `tag` the latest checkpoint again; returns the names of the later ones, now deleted."""
+    later = sorted(p.name for p in root.glob("step*") if p.is_dir() and p.name > tag)
+    write_text(root / LATEST, tag)
+    if (root / BEST).is_file() and (root / BEST).read_text().strip() in later:
+        (root / BEST).unlink()
+    for name in later:
+        shutil.rmtree(root / name)
+    return later
+
+
+def load_checkpoint(path: Path, engine: Engine, ranks: Ranks) -> dict[str, Any]:
+    """Restore weights, masters, moments, counts and this rank's RNG; returns our own state.
+
+    Saved by any number of ranks. Raises CheckpointError when it does not fit.
+    """
+    try:
+        saved_by = int(read_manifest(path).about["world_size"])
+        state: dict[str, Any] = read_state(path / STATE_FILE)
+        engine.set_weights(load_file(str(path / WEIGHTS_FILE)))
+        files = fragment_files(path, ranks.rank, ranks.world_size, saved_by)
+        load_fragments(engine.optimizer, files)
+        engine.optimizer.load_counts(state["counts"], state["updates"])
+        engine.set_counters(state["engine"])
+        if ranks.rank < saved_by:
+            _set_rng_state(read_state(path / rank_file(ranks.rank, saved_by)))
+    except (OSError, KeyError, ValueError, SafetensorError, Damaged) as err:
+        if isinstance(err, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be used: {err}") from err
+    return state
+
+
+def _prepare(hidden: Path, engine: Engine) -> None:
+    """An empty hidden folder, on a disk with room for what goes in."""
+    hidden.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir()
+    flats = engine.optimizer.fragments
+    states = 1 + max(len(elementwise(engine.optimizer, flat)) for flat in flats)
+    needed = 4 * states * sum(p.numel() for p in engine.net.parameters())
+    free = shutil.disk_usage(hidden).free
+    if free < needed:
+        raise OSError(f"it needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+
+
+def _write_rank(hidden: Path, engine: Engine, ranks: Ranks) -> Path:
+    path = hidden / rank_file(ranks.rank, ranks.world_size)
+    write_state(path, _rng_state(), fragment_tensors(engine.optimizer))
+    return path
+
+
+def _write_shared(
+    hidden: Path, weights: dict[str, Tensor], engine: Engine, state: dict[str, Any]
+) -> list[Path]:
+    counts, updates = engine.optimizer.counts_state()
+    own = {**state, "counts": counts, "updates": updates, "engine": engine.counters()}
+    paths = [hidden / n for n in (WEIGHTS_FILE, ALPHAS_FILE, STATE_FILE, POSITION_FILE)]
+    save_file(weights, str(paths[0]))
+    save_file(_contiguous(state["learner"]["alphas"]), str(paths[1]))
+    write_state(paths[2], own)
+    paths[3].write_text(json.dumps(state["position"], indent=2))
+    return paths
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
 def _rng_state() -> dict[str, Any]:
-    state = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),  # noqa: NPY002 (timm draws from it)
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (timm draws from it)
+    state: dict[str, Any] = {
+        "python": (version, torch.tensor(numbers), gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -46,76 +196,10 @@ def _rng_state() -> dict[str, Any]:
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def save_checkpoint(
-    root: Path, step: int, engine: Engine, state: dict[str, Any], ranks: Ranks, keep: int
-) -> Path:
-    """Save everything under root/stepNNNNNNNN on all ranks; the last `keep` stay. Collective."""
-    tag, hidden = f"step{step:08d}", f".tmp-step{step:08d}"
-    if ranks.is_main:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(root / hidden, ignore_errors=True)
-    state = {
-        **state,
-        "counts": engine.optimizer.counts_state(),
-        "rng": gather_objects(_rng_state()),
-    }
-    dist.barrier()
-    engine.deepspeed.save_checkpoint(
-        str(root), tag=hidden, client_state={STATE_KEY: state}, save_latest=False
-    )
-    for shard in (root / hidden).glob(f"*pp_rank_{ranks.rank}_*optim_states.pt"):
-        flush(shard)  # by its writer: elsewhere it may still be in another machine's cache
-    weights = engine.weights(keep=ranks.is_main)
-    dist.barrier()  # every shard is written
-    if ranks.is_main:
-        save_file(weights, str(root / hidden / WEIGHTS_FILE))
-        save_file(_contiguous(state["learner"]["alphas"]), str(root / hidden / ALPHAS_FILE))
-        (root / hidden / POSITION_FILE).write_text(json.dumps(state["position"], indent=2))
-        publish_folder(root / hidden, root / tag)
-        _write_latest(root, tag)
-        saved = sorted(p for p in root.glob("step*") if p.is_dir() and p.name != tag)
-        for old in saved[: max(len(saved) - keep + 1, 0)]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return root / tag
-
-
-def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-
-
-def _write_latest(root: Path, tag: str) -> None:
-    fresh = root / "latest.new"
-    fresh.write_text(tag)
-    flush(fresh)
-    fresh.replace(root / "latest")
-    flush(root)
-
-
-def load_checkpoint(path: Path, engine: Engine, ranks: Ranks) -> dict[str, Any]:
-    """Restore weights, masters, moments, counts and this rank's RNG; returns our own state.
-
-    Raises CheckpointError when it is not ours or was saved by another number of ranks.
-    """
-    shards = list(path.glob("*_optim_states.pt"))
-    if len(shards) != ranks.world_size:
-        raise CheckpointError(
-            f"{path} was saved by {len(shards)} ranks, this run has {ranks.world_size}: "
-            "start as many"
-        )
-    clipping = engine.deepspeed.optimizer.clip_grad
-    loaded, client = engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name)
-    if loaded is None or STATE_KEY not in client:
-        raise CheckpointError(f"{path} is not a checkpoint of this project")
-    engine.deepspeed.optimizer.clip_grad = clipping  # DeepSpeed restores the saved run's value
-    state: dict[str, Any] = client[STATE_KEY]
-    engine.optimizer.load_counts(state["counts"])
-    _set_rng_state(state["rng"][ranks.rank])
-    return state

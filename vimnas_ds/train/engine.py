@@ -40,6 +40,9 @@ def build_supernet(config: RunConfig) -> Supernet:
         )
 
 
+COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+
+
 @dataclass
 class Engine:
     """DeepSpeed's engine with the two parts of ours that it drives."""
@@ -68,13 +71,21 @@ class Engine:
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Masters and network, from what `weights` gave."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
+        """Masters and network, from what `weights` gave (on every rank)."""
         for name, parameter in self.net.named_parameters():
-            full = weights[name].to(parameter.device)
-            safe_set_full_fp32_param(parameter, full)
-            parameter.copy_(full)
+            parameter.copy_(weights[name])
+        for flat, fragments in self.optimizer.fragments.items():
+            for f in fragments:
+                full = weights[f.name].reshape(-1)[f.param_start : f.param_start + f.numel]
+                flat.detach()[f.flat_start : f.flat_start + f.numel] = full.to(flat)
+
+    def counters(self) -> dict[str, int]:
+        """DeepSpeed's own counts of steps and samples."""
+        return {name: int(getattr(self.deepspeed, name)) for name in COUNTERS}
+
+    def set_counters(self, counters: Mapping[str, int]) -> None:
+        for name in COUNTERS:
+            setattr(self.deepspeed, name, counters[name])
 
     def weight_step(self, loss: torch.Tensor) -> None:
         """Backward and update; `optimizer.activate` must have been called."""

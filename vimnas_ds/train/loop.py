@@ -8,11 +8,12 @@ evaluation on the `select` splits, checkpoints, and at the end the `test` splits
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,13 +25,14 @@ from vimnas_ds.report.board import Board
 from vimnas_ds.report.console import Console
 from vimnas_ds.space import Arch
 from vimnas_ds.train.alpha_step import AlphaLearner
-from vimnas_ds.train.checkpoint import load_checkpoint, save_checkpoint
+from vimnas_ds.train.best import Best
+from vimnas_ds.train.checkpoint import go_back, load_checkpoint, save_checkpoint
 from vimnas_ds.train.engine import build_engine, build_supernet, start_weights
 from vimnas_ds.train.evaluate import Evaluator, Score
 from vimnas_ds.train.faults import FaultReport
 from vimnas_ds.train.meters import ChoiceCounts, Interval, Meters
 from vimnas_ds.train.plan import coming_batches
-from vimnas_ds.train.ranks import Ranks, check_agreement, run_together
+from vimnas_ds.train.ranks import Ranks, Wish, check_agreement, run_together
 from vimnas_ds.train.run_files import RunFiles, check_same_network, claim_folder
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
 from vimnas_ds.train.step import WeightStepper
@@ -39,6 +41,14 @@ from vimnas_ds.train.summary import write_summary
 
 class TooManySkippedSteps(RuntimeError):
     """Non-finite losses or gradients, too many steps in a row."""
+
+
+class StepSummary(NamedTuple):
+    """Seconds waited for data, learning rate, and what ranks want done after the step."""
+
+    waited: float
+    lr: float
+    wishes: Wish
 
 
 class Trainer:
@@ -50,7 +60,6 @@ class Trainer:
         data: JointData,
         ranks: Ranks,
         checkpoint: Path | None = None,
-        overwrite: bool = False,
     ):
         section = config.vimnas
         self.config, self.section, self.data, self.ranks = config, section, data, ranks
@@ -69,10 +78,15 @@ class Trainer:
         self.choices = ChoiceCounts()
         self.meters = Meters(list(section.data.datasets), ranks)
         self.skipped = self.skipped_in_a_row = 0
+        self.best = Best()
         self._faults_before: dict[str, Any] | None = None
-        position = self._resume(checkpoint) if checkpoint is not None else DataCursor()
+        position, later = DataCursor(), list[str]()
+        if checkpoint is not None:
+            position = run_together(lambda: self.restore(checkpoint), ranks)
+            if ranks.is_main and checkpoint.parent.resolve() == self.files.checkpoints.resolve():
+                later = go_back(checkpoint.parent, checkpoint.name)
         labels = {name: catalog.class_names for name, catalog in data.catalogs.items()}
-        claim_folder(self.files, config, labels, ranks, overwrite)  # from here on the run has begun
+        claim_folder(self.files, config, labels, ranks, checkpoint is None)  # the run has begun
         is_image = {name: d.is_image for name, d in section.data.datasets.items()}
         self.drawer = Drawer(self.schedule, space, is_image, section.seed, position)
         self.loaders = Loaders(data, section.seed, ranks.rank, ranks.world_size, ranks.device)
@@ -94,18 +108,19 @@ class Trainer:
         self._alpha_losses: dict[str, torch.Tensor] = {}  # the latest of each dataset
         for line in warm_report:
             self.console.say(line)
+        self._saved_at = time.monotonic()
         if checkpoint is not None:
-            self.console.say(f"resumed from {checkpoint} at step {position.step}")
+            given_up = f"; given up: {', '.join(later)}" if later else ""
+            self.console.say(f"resumed from {checkpoint} at step {position.step}{given_up}")
 
     # -- one step -----------------------------------------------------------------------------
 
-    def train_step(self, context: StepContext) -> tuple[float, float]:
-        """Weight step and alpha step; returns (seconds waited for data, learning rate)."""
+    def train_step(self, context: StepContext) -> StepSummary:
+        """Weight step and alpha step."""
         name = context.dataset
         lr = self.schedule.lr(context.step)
-        result = self.stepper.step(
-            context, lr, keep_batch=self.ranks.is_main and name in self._unseen
-        )
+        keep = self.ranks.is_main and name in self._unseen
+        result = self.stepper.step(context, lr, keep, self._wish())
         if self.stepper.latest is not None:
             self._unseen.discard(name)
             names = self.data.catalogs[name].class_names
@@ -118,7 +133,13 @@ class Trainer:
         waited = result.waited
         if self.learns_alphas and context.step % self.section.alpha.every == 0:
             waited += self._alpha_step(context)
-        return waited, lr
+        return StepSummary(waited, lr, Wish(result.wishes))
+
+    def _wish(self) -> Wish:
+        """What this rank wants all to do after the coming step."""
+        minutes = self.section.checkpoint.minutes
+        late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+        return Wish.SAVE if late and self.ranks.is_main else Wish(0)
 
     def _alpha_step(self, context: StepContext) -> float:
         name = context.dataset
@@ -173,18 +194,19 @@ class Trainer:
         while (step := self.drawer.position.step) < total:
             context = self.drawer.draw()
             with interval:
-                waited, lr = self.train_step(context)
-            interval.waited += waited
+                taken = self.train_step(context)
+            interval.waited += taken.waited
             done = step + 1
             if done % log.every == 0 or done == total or interval.is_first:
-                self._log(context, lr, interval)
+                self._log(context, taken.lr, interval)
             if done % log.images_every == 0 or done == total:
                 self._pictures(done)
             ends = self.schedule.is_epoch_end(step)
+            due = Wish.SAVE in taken.wishes
             if done == total or (done % log.eval_every == 0 if log.eval_every else ends):
-                self.evaluate(done)
+                due |= self.evaluate(done)
             every = section.checkpoint.every
-            if done == total or (done % every == 0 if every else ends):
+            if due or done == total or (done % every == 0 if every else ends):
                 self.save(done)
         return self.summarise()
 
@@ -254,9 +276,10 @@ class Trainer:
         finally:
             net.train()
 
-    def evaluate(self, done: int) -> None:
-        """Every fixed sub-network on the `select` split of every dataset drawn so far."""
-        parts = []
+    def evaluate(self, done: int) -> bool:
+        """Every fixed sub-network on the `select` split of every dataset drawn so far; whether
+        this is the best step so far (and such are kept)."""
+        parts, means = [], {}
         for dataset in self.section.data.datasets:
             if dataset not in self.drawer.position.consumed:
                 continue
@@ -265,7 +288,9 @@ class Trainer:
                 self.board.evaluation(done, dataset, label, s.loss, s.top1, s.top5)
             shown = (f"{k} {s.top1:.1%}" for k, s in scores.items() if "fixed" not in k)
             parts.append(f"{dataset} {' '.join(shown)}")
+            means[dataset] = statistics.fmean(s.top1 for s in scores.values())
         self.console.say(f"select at step {done}: " + "; ".join(parts))
+        return self.best.improves(done, means) and self.section.checkpoint.keep_best
 
     def summarise(self) -> dict[str, Any]:
         """Scores of largest and smallest on the test splits: read here, once, and nowhere else
@@ -273,7 +298,7 @@ class Trainer:
         picks = {k: a for k, a in self.subnets().items() if "fixed" not in k}
         names = self.section.data.datasets if self.section.log.test_at_end else ()
         scores = {name: self.scores(picks, name, "test") for name in names}
-        self.faults.report(self.schedule.total_steps)
+        self.faults.collect(self.schedule.total_steps)
         if not self.ranks.is_main:
             return {}
         faults = {
@@ -291,8 +316,10 @@ class Trainer:
     # -- state ----------------------------------------------------------------------------------
 
     def save(self, done: int) -> Path:
-        """A checkpoint after `done` steps, on all ranks."""
+        """A checkpoint after `done` steps, on all ranks. Raises SaveFailed, on all of them."""
+        started = time.monotonic()
         self.faults.collect(done)
+        self.board.flush()  # a resumed run writes no point of these steps again
         state = {
             "position": self.drawer.position.state_dict(),
             "learner": self.learner.state_dict(),
@@ -300,12 +327,25 @@ class Trainer:
             "skipped": (self.skipped, self.skipped_in_a_row),
             "faults": self.faults.state_dict(),
             "meters": self.meters.state_dict(),
+            "best": self.best.state_dict(),
             "identity": self._identity(),
         }
-        keep = self.section.checkpoint.keep
-        return save_checkpoint(self.files.checkpoints, done, self.engine, state, self.ranks, keep)
+        root, keeping = self.files.checkpoints, self.section.checkpoint
+        is_best = keeping.keep_best and self.best.step == done
+        path = save_checkpoint(root, done, self.engine, state, self.ranks, keeping.keep, is_best)
+        self._saved_at = time.monotonic()
+        if self.ranks.is_main:
+            size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+            self.console.say(
+                f"saved {path.name}: {size:,.1f} MB in {self._saved_at - started:.1f} s"
+            )
+        return path
 
-    def _resume(self, checkpoint: Path) -> DataCursor:
+    def restore(self, checkpoint: Path) -> DataCursor:
+        """Everything as it was at the checkpoint, on this rank; returns the place in the data.
+
+        Raises ConfigError when it is of another run.
+        """
         check_same_network(checkpoint, self.config)
         state = load_checkpoint(checkpoint, self.engine, self.ranks)
         for key, value in self._identity().items():
@@ -317,6 +357,7 @@ class Trainer:
         self.learner.load_state_dict(state["learner"])
         self.choices.load_state_dict(state["choices"])
         self.meters.load_state_dict(state["meters"])
+        self.best.load_state_dict(state["best"])
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self._faults_before = state["faults"]
         return DataCursor.from_state(state["position"])

@@ -71,7 +71,8 @@ class SampledAdamW(torch.optim.Optimizer):
         self.grids, self.fused = grids, fused
         #: updates of every cell, by parameter name
         self.counts = {n: np.zeros(len(g), dtype=np.int64) for n, g in grids.grids.items()}
-        self._fragments: dict[Tensor, list[Fragment]] = {}
+        #: this rank's pieces of every flat tensor, once bound
+        self.fragments: dict[Tensor, list[Fragment]] = {}
         self._names: dict[Tensor, list[str]] = {}
         self._activation: Activation | None = None
         self._active_cells = lru_cache(maxsize=65536)(self._find_active)
@@ -119,7 +120,7 @@ class SampledAdamW(torch.optim.Optimizer):
             self._bind(parameter, [whole], [name])
 
     def _bind(self, flat: Tensor, fragments: list[Fragment], names: list[str]) -> None:
-        self._fragments[flat], self._names[flat] = fragments, names
+        self.fragments[flat], self._names[flat] = fragments, names
         # eagerly: DeepSpeed links state for its checkpoints after the first group's step only
         self.state[flat] = {
             "step": 0,
@@ -192,7 +193,7 @@ class SampledAdamW(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], flat: Tensor) -> None:
         """All active rectangles of one flat tensor."""
         fused = usable(flat) and flat.dtype == torch.float32 if self.fused is None else self.fused
-        found = [self._rated_rows(group, fragment) for fragment in self._fragments[flat]]
+        found = [self._rated_rows(group, fragment) for fragment in self.fragments[flat]]
         if not found:
             return
         rows, rates = (np.concatenate(part) for part in zip(*found, strict=True))
@@ -222,9 +223,10 @@ class SampledAdamW(torch.optim.Optimizer):
 
     # -- state ------------------------------------------------------------------------------
 
-    def counts_state(self) -> dict[str, Tensor]:
-        """The cells' update counts (not part of DeepSpeed's own optimiser state)."""
-        return {name: torch.from_numpy(count.copy()) for name, count in self.counts.items()}
+    def counts_state(self) -> tuple[dict[str, Tensor], int]:
+        """The cells' update counts, and the number of steps; the same on all ranks."""
+        counts = {name: torch.from_numpy(count.copy()) for name, count in self.counts.items()}
+        return counts, max(state["step"] for state in self.state.values())
 
     def forget(self) -> None:
         """Moments and counts as at the start."""
@@ -235,8 +237,10 @@ class SampledAdamW(torch.optim.Optimizer):
         for count in self.counts.values():
             count[:] = 0
 
-    def load_counts(self, state: Mapping[str, Tensor]) -> None:
+    def load_counts(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Raises ValueError when the counts are of another space."""
+        for flat in self._names:
+            self.state[flat]["step"] = updates
         for name, count in self.counts.items():
             if name not in state or len(state[name]) != len(count):
                 raise ValueError(f"update counts of {name} do not fit this search space")

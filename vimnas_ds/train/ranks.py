@@ -120,6 +120,12 @@ def run_together(part: Callable[[], T], ranks: Ranks) -> T:
     return value
 
 
+def rank_zero_decides(part: Callable[[], str], ranks: Ranks) -> str:
+    """What part() says on rank 0, on all ranks. Raises as `run_together`."""
+    said = run_together(lambda: part() if ranks.is_main else "", ranks)
+    return said if ranks.world_size == 1 else _exchange(said, ranks)[0]
+
+
 _exchanges = itertools.count()
 
 

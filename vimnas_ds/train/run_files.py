@@ -4,7 +4,7 @@ OUTPUT_DIR/config.json     the configuration as it ran
 OUTPUT_DIR/labels.json     class names by dataset
 OUTPUT_DIR/train.log       every line of the console
 OUTPUT_DIR/tensorboard/    event files
-OUTPUT_DIR/checkpoints/    step00001234/ ..., latest
+OUTPUT_DIR/checkpoints/    step00001234/ ..., latest, best
 OUTPUT_DIR/summary.json    results on the test splits
 OUTPUT_DIR/search_cache/   evaluations of the searches, by checkpoint
 """
@@ -12,6 +12,7 @@ OUTPUT_DIR/search_cache/   evaluations of the searches, by checkpoint
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,20 @@ from typing import Any
 import torch.distributed as dist
 
 from vimnas_ds.config import ConfigError, RunConfig, load_config
+from vimnas_ds.durable import restore_replaced, write_text
+from vimnas_ds.manifest import Damaged, verify
 from vimnas_ds.train.ranks import Ranks, gather_objects
 
-#: plain files in a checkpoint, beside DeepSpeed's shards
+log = logging.getLogger(__name__)
+
+#: files of a checkpoint
 WEIGHTS_FILE = "supernet.safetensors"
 ALPHAS_FILE = "alphas.safetensors"
 POSITION_FILE = "position.json"
+#: what a tool that needs no engine reads
+PLAIN_FILES = (WEIGHTS_FILE, ALPHAS_FILE, POSITION_FILE)
+#: files that name one checkpoint beside them: the last one, and the one with the best scores
+LATEST, BEST = "latest", "best"
 
 
 class CheckpointError(ConfigError):
@@ -76,21 +85,52 @@ class RunFiles:
             file.unlink(missing_ok=True)
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the latest under it (a run or its folder).
+def checkpoint_name(step: int) -> str:
+    return f"step{step:08d}"
 
-    Raises CheckpointError, saying what was looked for, when there is none.
+
+def newest_first(root: Path) -> list[Path]:
+    """The checkpoints under a run's folder of them, up to the one that `latest` names."""
+    names = sorted(p.name for p in root.glob("step*") if p.is_dir())
+    if (root / LATEST).is_file():
+        named = (root / LATEST).read_text().strip()
+        names = [name for name in names if name <= named]
+    return [root / name for name in reversed(names)]
+
+
+def find_checkpoint(path: Path, parts: Sequence[str] | None = None) -> Path:
+    """The checkpoint that `path` means: itself, the one that a file `latest` or `best` names, or
+    the newest under it (a run, or its folder of checkpoints) that is whole.
+
+    Its files, all or `parts`, are read and compared with their checksums. A damaged newest one is
+    named in the log, and the one before is taken. Raises CheckpointError, saying what was looked
+    for, when there is none.
     """
+    if path.is_file() and path.name in (LATEST, BEST):
+        path = path.parent / Path(path.read_text().strip()).name
     if (path / WEIGHTS_FILE).is_file():
+        try:
+            verify(path, parts)
+        except Damaged as err:
+            raise CheckpointError(str(err)) from err
         return path
+    problems = []
     for root in (path, path / "checkpoints"):
-        latest = root / "latest"
-        if latest.is_file():
-            found = root / Path(latest.read_text().strip()).name
-            if (found / WEIGHTS_FILE).is_file():
+        restore_replaced(root)
+        for found in newest_first(root):
+            try:
+                verify(found, parts)
+            except Damaged as err:
+                problems.append(str(err))
+            else:
+                if problems:
+                    log.warning("%s; going back to %s", "; ".join(problems), found.name)
                 return found
-            raise CheckpointError(f"{latest} names {found.name}, which is not complete")
-    raise CheckpointError(f"no checkpoint at {path}: neither one itself nor a 'latest' file")
+    if problems:
+        raise CheckpointError(f"no undamaged checkpoint at {path}: " + "; ".join(problems))
+    raise CheckpointError(
+        f"no checkpoint at {path}: neither one itself nor a run that has saved one"
+    )
 
 
 def read_run_config(checkpoint: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -128,9 +168,22 @@ def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path |
     """
     if resume is not None and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
+    if resume is not None and resume != "latest":
+        found = find_checkpoint(Path(resume))
+        if found.parent.resolve() != files.checkpoints.resolve() and newest_first(
+            files.checkpoints
+        ):
+            raise ConfigError(
+                f"{files.root} holds a run of its own and cannot continue {found}: "
+                "--set vimnas.output_dir=... goes elsewhere"
+            )
+        return found
     if resume is not None:
-        return find_checkpoint(files.root if resume == "latest" else Path(resume))
-    if files.checkpoints.is_dir() and not overwrite:
+        if files.config.is_file() and not newest_first(files.checkpoints):
+            log.warning("%s was begun and has saved nothing yet: it starts anew", files.root)
+            return None
+        return find_checkpoint(files.root)
+    if newest_first(files.checkpoints) and not overwrite:
         raise ConfigError(
             f"{files.root} already holds a run: --resume continues it, --overwrite starts anew, "
             "--set vimnas.output_dir=... goes elsewhere"
@@ -149,21 +202,21 @@ def claim_folder(
     config: RunConfig,
     labels: Mapping[str, Sequence[str]],
     ranks: Ranks,
-    overwrite: bool,
+    anew: bool,
 ) -> None:
-    """Begin a run in its folder: clear an earlier one if asked to, write config.json
-    and labels.json (class names by dataset); on all ranks together.
+    """Begin a run in its folder, or go on with it: clear an earlier one where this one starts
+    anew, write config.json and labels.json (class names by dataset); on all ranks together.
 
     Raises ConfigError when some rank does not see rank 0's files: checkpoints need a file system
     that all nodes share.
     """
     token = json.dumps(config_object(config), indent=2) + "\n"
     if ranks.is_main:
-        if overwrite:
+        if anew:
             files.remove()
         files.root.mkdir(parents=True, exist_ok=True)
-        files.labels.write_text(json.dumps(labels, indent=2) + "\n")
-        files.config.write_text(token)
+        write_text(files.labels, json.dumps(labels, indent=2) + "\n")
+        write_text(files.config, token)
     dist.barrier()
     deadline = time.monotonic() + 20  # network file systems show new files late
     while not (seen := files.config.is_file() and files.config.read_text() == token):

@@ -8,6 +8,7 @@ from typing import Any
 
 from vimnas_ds.config import RunConfig
 from vimnas_ds.data.joint import JointData
+from vimnas_ds.durable import write_text
 from vimnas_ds.report.table import format_table
 from vimnas_ds.space import Arch
 from vimnas_ds.train.dry_run import cost_of
@@ -64,5 +65,5 @@ def write_summary(
         "checkpoints": str(files.checkpoints),
         "datasets": datasets,
     }
-    files.summary.write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(files.summary, json.dumps(summary, indent=2) + "\n")
     return {**summary, "table": table}
