@@ -10,12 +10,13 @@ r"""Train the supernet: Algorithm 1 of VIM-NAS on the data and recipe of one con
 Writes under vimnas.output_dir: train.log, tensorboard/, checkpoints/, summary.json. The demo takes
 about five minutes on two CPU cores; the reference runs' costs stand in their files.
 Exit codes: 0 done, 2 the configuration or the data cannot run (said before any work), 3 the run
-stopped itself (non-finite steps, broken data).
+stopped itself (non-finite steps, broken data, a checkpoint that cannot be written).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -145,13 +146,15 @@ def prepare(args: argparse.Namespace) -> Trainer:
 
 def run(trainer: Trainer, rank: str) -> int:
     """Train; a run that stops itself says why, on the rank that knows, and exits with 3."""
+    from vimnas_ds.train.checkpoint import SaveFailed
     from vimnas_ds.train.loop import TooManySkippedSteps
 
     try:
         trainer.run()
-    except (TooManySkippedSteps, DataMissing, TooManyBadFiles, RanksDisagree) as err:
-        trainer.console.say(f"stopped: {err}")
+    except (TooManySkippedSteps, DataMissing, TooManyBadFiles, RanksDisagree, SaveFailed) as err:
         print(f"rank {rank} stopped: {err}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the disk may be the reason
+            trainer.console.say(f"stopped: {err}")
         return 3
     finally:
         trainer.close()

@@ -1,0 +1,204 @@
+"""Checkpoints: whole or not there, damage is found, any number of ranks goes on from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scripts import consolidate
+from tests.launch import launch
+from vimnas_ds.config import ConfigError
+from vimnas_ds.durable import publish_folder
+from vimnas_ds.manifest import MANIFEST, FileEntry, read_manifest, write_manifest
+from vimnas_ds.train.best import Best
+from vimnas_ds.train.checkpoint import go_back, prune
+from vimnas_ds.train.run_files import (
+    PLAIN_FILES,
+    CheckpointError,
+    RunFiles,
+    choose_start,
+    find_checkpoint,
+    newest_first,
+)
+from vimnas_ds.train.state_file import read_state, write_state
+
+
+def fake(root: Path, step: int) -> Path:
+    """A checkpoint with the right files, whatever they hold."""
+    hidden = root / f".tmp-step{step:08d}"
+    hidden.mkdir(parents=True)
+    for name in (*PLAIN_FILES, "state.safetensors", "rank00000-of-00001.safetensors"):
+        (hidden / name).write_bytes(f"{name} at {step}".encode())
+    files = {p.name: FileEntry.of(p) for p in hidden.iterdir()}
+    write_manifest(hidden, files, {"step": step, "world_size": 1})
+    publish_folder(hidden, root / f"step{step:08d}")
+    (root / "latest").write_text(f"step{step:08d}")
+    return root / f"step{step:08d}"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFiles:
+    files = RunFiles(tmp_path / "run")
+    for step in (10, 20, 30):
+        fake(files.checkpoints, step)
+    files.config.write_text("{}")
+    return files
+
+
+@pytest.mark.parametrize("name", [*PLAIN_FILES, "state.safetensors", MANIFEST])
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, name, damage, caplog):
+    file = run.checkpoints / "step00000030" / name
+    content = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut short":
+        file.write_bytes(content[:-3])
+    else:
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    assert find_checkpoint(run.root).name == "step00000020"
+    assert "step00000030" in caplog.text
+    assert name in caplog.text
+    assert "going back to step00000020" in caplog.text
+    if name != WEIGHTS:  # without it the folder is no checkpoint at all
+        with pytest.raises(CheckpointError, match=name):
+            find_checkpoint(run.checkpoints / "step00000030")
+    for step in (10, 20):
+        (run.checkpoints / f"step{step:08d}" / name).unlink()
+    with pytest.raises(CheckpointError, match=r"no undamaged checkpoint.*30.*20.*10"):
+        find_checkpoint(run.root)
+
+
+WEIGHTS = PLAIN_FILES[0]
+
+
+def test_what_a_tool_does_not_read_may_be_damaged(run):
+    (run.checkpoints / "step00000030" / "state.safetensors").unlink()
+    assert find_checkpoint(run.root, PLAIN_FILES).name == "step00000030"
+
+
+def test_the_newest_and_the_best_are_kept(run):
+    (run.checkpoints / "best").write_text("step00000010")
+    for step in (40, 50):
+        fake(run.checkpoints, step)
+    (run.checkpoints / ".tmp-step00000060").mkdir()
+    prune(run.checkpoints, 2)
+    names = {p.name for p in run.checkpoints.iterdir()}
+    assert names == {"step00000010", "step00000040", "step00000050", "latest", "best"}
+    assert find_checkpoint(run.checkpoints / "best").name == "step00000010"
+
+
+def test_going_back_gives_up_what_came_later(run):
+    (run.checkpoints / "best").write_text("step00000030")
+    assert go_back(run.checkpoints, "step00000010") == ["step00000020", "step00000030"]
+    assert find_checkpoint(run.root).name == "step00000010"
+    assert not (run.checkpoints / "best").exists()
+
+
+def test_a_save_that_died_while_replacing_a_checkpoint_is_put_right(run):
+    (run.checkpoints / "step00000030").rename(run.checkpoints / ".old-step00000030")
+    (run.checkpoints / ".tmp-step00000030").mkdir()
+    assert find_checkpoint(run.root).name == "step00000030"
+
+
+def test_what_resume_means(run, tmp_path):
+    assert choose_start(run, "latest", False) == run.checkpoints / "step00000030"
+    with pytest.raises(ConfigError, match="already holds a run: --resume continues it"):
+        choose_start(run, None, False)
+    assert choose_start(run, None, True) is None
+    other = fake(tmp_path / "other" / "checkpoints", 5)
+    with pytest.raises(ConfigError, match=r"holds a run of its own and cannot continue .*step0*5"):
+        choose_start(run, str(other), False)
+    for damaged in newest_first(run.checkpoints):
+        (damaged / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="no undamaged checkpoint"):  # never from the start
+        choose_start(run, "latest", False)
+    shutil.rmtree(run.checkpoints)
+    assert choose_start(run, "latest", False) is None  # it was begun and has saved nothing
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        choose_start(RunFiles(tmp_path / "nowhere"), "latest", False)
+
+
+def test_best_starts_anew_with_other_datasets():
+    best = Best()
+    assert best.improves(10, {"a": 0.5})
+    assert not best.improves(20, {"a": 0.4})
+    assert best.improves(30, {"a": 0.4, "b": 0.1})
+    assert not best.improves(40, {"a": 0.3, "b": 0.2})  # equal is not better
+    again = Best()
+    again.load_state_dict(best.state_dict())
+    assert (again.step, again.datasets) == (30, ("a", "b"))
+
+
+def test_state_comes_back_with_its_types(tmp_path):
+    value = {"a": [1, (2.5, None)], 3: {"t": torch.arange(4), 0.5: True}, "inf": float("inf")}
+    write_state(tmp_path / "x", value)
+    found = read_state(tmp_path / "x")
+    assert torch.equal(found[3].pop("t"), value[3].pop("t"))
+    assert found == value
+    assert type(found["a"][1]) is tuple
+    with pytest.raises(TypeError, match="b: a set cannot be saved"):
+        write_state(tmp_path / "y", {"b": {1}})
+
+
+def test_a_manifest_stays_in_its_folder(tmp_path):
+    write_manifest(tmp_path, {"../elsewhere": FileEntry(1, "")}, {})
+    with pytest.raises(ValueError, match=r"'\.\./elsewhere', which is not a file of its folder"):
+        read_manifest(tmp_path)
+
+
+def results(*args: str, ranks: int) -> dict[str, dict]:
+    output = launch("tests/launched/checkpoint_cases.py", *args, ranks=ranks)
+    lines = [line.split(" ", 2) for line in output.splitlines() if "RESULT " in line]
+    return {name: json.loads(values) for _, name, values in lines}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
+    root = tmp_path_factory.mktemp("checkpoints") / "two"
+    return root, results("save", str(root), ranks=2)
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_names_the_rank_and_leaves_what_was_there(saved):
+    root, found = saved
+    kept = ["best", "latest", "step00000002", "step00000003", "step00000004"]
+    assert found["kept"]["names"] == found["failed"]["left"] == kept
+    first, second = found["failed"]["full"]
+    assert "rank 1: " in first
+    assert "too large" in first.lower()
+    for text in (first, second):
+        assert f"step 99 could not be saved under {root}" in text
+        assert "the last good checkpoint: step00000004" in text
+    assert all("/sys/vimnas" in text for text in found["failed"]["read_only"])
+    assert find_checkpoint(root).name == "step00000004"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_another_number_of_ranks_goes_on_and_nothing_is_lost(saved, ranks, tmp_path):
+    root, before = saved
+    after = results("reload", str(root), str(tmp_path / "again"), ranks=ranks)
+    wholes = []
+    for name, folder in (("a", root), ("b", tmp_path / "again")):
+        assert consolidate.main([str(folder), "--out", str(tmp_path / name)]) == 0
+        files = {p.stem: p for p in (tmp_path / name).glob("*.safetensors")}
+        wholes.append({stem: load_file(p) for stem, p in files.items()})
+    assert wholes[0].keys() == {"supernet", "optimizer", "counts", "alphas"}
+    moved = 0
+    for stem, tensors in wholes[0].items():
+        assert tensors.keys() == wholes[1][stem].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, wholes[1][stem][name]), (stem, name)
+            moved += int((tensor != 0).sum())
+    assert moved > 300_000
+    assert len(list((tmp_path / "again" / "step00000004").glob("rank*"))) == ranks
+    assert after["odd"]["same"]
+    assert after["loss"]["value"] == pytest.approx(before["loss"]["value"], rel=1e-5)
+    assert consolidate.main([str(tmp_path / "no"), "--out", str(tmp_path / "c")]) == 2
