@@ -115,8 +115,10 @@ def test_broken_videos_are_replaced_named_and_counted_and_too_many_stop_the_run(
     only = [word for value in values for word in ("--set", value)]
     for clip in clips[::20]:
         rot(clip)
-    train(folder, "broken", *only, "--set", "vimnas.data.max_bad_share=0.5")
+    often = ["--set", "vimnas.checkpoint.every=1000", "--set", "vimnas.checkpoint.minutes=0.001"]
+    train(folder, "broken", *only, "--set", "vimnas.data.max_bad_share=0.5", *often)
     log = (folder / "broken" / "train.log").read_text()
+    assert log.count("saved step") > 5  # by the clock
     named = set(re.findall(r"k400: (\S.*\.mp4) is unusable and (?:replaced|left out)", log))
     broken = {str(c.relative_to(data)) for c in clips[::20]}
     assert named

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.model.supernet import Supernet
-from vimnas_ds.train.run_files import WEIGHTS_FILE, find_checkpoint, network_of, read_run_config
+from vimnas_ds.train.run_files import (
+    PLAIN_FILES,
+    WEIGHTS_FILE,
+    find_checkpoint,
+    network_of,
+    read_run_config,
+)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -93,7 +99,7 @@ def inherit(net: Supernet, source: Path, config: RunConfig) -> list[str]:
     every parameter. Heads of datasets that the checkpoint lacks keep their initial values. Raises
     ConfigError when the checkpoint's network differs in anything else.
     """
-    path = find_checkpoint(source)
+    path = find_checkpoint(source, PLAIN_FILES)
     ours, theirs = network_of(config), network_of(read_run_config(path))
     classes, known = ours.pop("num_classes"), theirs.pop("num_classes")
     if theirs["vimnas.arch"] is None:  # a whole space contains each of its members
