@@ -39,6 +39,7 @@ from small_run import launch, write_config
 
 from vimnas_ds.report.same_run import differences
 from vimnas_ds.report.table import format_table
+from vimnas_ds.train.run_files import newest_first
 
 ANYWHERE = "anywhere"  #: struck by this process, at any time
 MOMENTS = ("save", "weight step", "evaluation", "alpha step", STARTING, "save", ANYWHERE, LAST)
@@ -54,7 +55,7 @@ SECTION: dict[str, Any] = {
     "schedule": {"epochs": 6, "warmup": 4, "warmup_unit": "steps"},
     "alpha": {"every": 1},
     # not multiples of each other: points between saves, saves between points
-    "log": {"every": 3, "images_every": 20, "eval_every": 10, "eval_subnets": 1},
+    "log": {"every": 7, "images_every": 20, "eval_every": 10, "eval_subnets": 1},
     "checkpoint": {"every": 5, "keep": 3},
 }
 
@@ -69,7 +70,7 @@ class Life:
     victim: str = "-"
     code: int = 0  #: the runner's exit code
     began_at: int | None = None  #: the step; None: killed before it said so
-    latest: int = 0  #: step of the checkpoint that `latest` names in the end, 0: there is none
+    latest: int = 0  #: step of the last checkpoint in the end, 0: there is none
     cleaned: int = 0  #: processes that did not end by themselves
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -191,7 +192,7 @@ class Runs:
             else 0
         )
         if saved > life.latest:
-            life.problems.append(f"saved step {saved}, but latest is {life.latest}")
+            life.problems.append(f"saved step {saved}, but the last checkpoint is of {life.latest}")
 
 
 def strike_from_outside(appointment: Appointment, folder: Path, mark: str) -> None:
@@ -209,9 +210,8 @@ def strike_from_outside(appointment: Appointment, folder: Path, mark: str) -> No
 
 
 def latest(run: Path) -> int:
-    """The step of the checkpoint that a run's `latest` names; 0: there is none."""
-    file = run / "checkpoints" / "latest"
-    return int(file.read_text().strip().removeprefix("step")) if file.exists() else 0
+    """The step of the checkpoint that a run goes on from; 0: there is none."""
+    return next((int(p.name.removeprefix("step")) for p in newest_first(run / "checkpoints")), 0)
 
 
 def appoint(runs: Runs, rng: random.Random, kills: int, first: int) -> list[Appointment]:

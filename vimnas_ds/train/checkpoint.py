@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vimnas_ds.durable import flush, publish_folder, write_text
 from vimnas_ds.manifest import Damaged, FileEntry, read_manifest, write_manifest
+from vimnas_ds.seeds import derive_seed
 from vimnas_ds.train.engine import Engine
 from vimnas_ds.train.fragments import (
     elementwise,
@@ -88,9 +89,7 @@ def save_checkpoint(
             write_manifest(hidden, files, {"step": step, "world_size": ranks.world_size})
             publish_folder(hidden, root / tag)
             write_text(root / LATEST, tag)
-            if is_best:
-                write_text(root / BEST, tag)
-            prune(root, keep)
+            finish_save(root, keep, step if is_best else None)
 
         run_together(lambda: publish() if ranks.is_main else None, ranks)
     except (OSError, SafetensorError, CannotStart) as err:
@@ -101,6 +100,14 @@ def save_checkpoint(
             f"step {step} could not be saved under {root}: {err}; the last good checkpoint: {left}"
         ) from err
     return root / tag
+
+
+def finish_save(root: Path, keep: int, best: int | None) -> None:
+    """Name the best step, if there is one, and delete what need not be kept. A resumed run does
+    it again, for the save that it goes on from may have died over it."""
+    if best is not None and (root / checkpoint_name(best)).is_dir():
+        write_text(root / BEST, checkpoint_name(best))
+    prune(root, keep)
 
 
 def prune(root: Path, keep: int) -> None:
@@ -180,6 +187,14 @@ def _write_shared(
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def seed_generators(seed: int, ranks: Ranks) -> None:
+    """So that two runs begin alike also in the generators that no step seeds anew."""
+    own = derive_seed("generators", seed, ranks.rank)
+    random.seed(own)
+    np.random.seed(own % 2**32)  # noqa: NPY002
+    torch.manual_seed(own)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -26,7 +26,13 @@ from vimnas_ds.report.console import Console
 from vimnas_ds.space import Arch
 from vimnas_ds.train.alpha_step import AlphaLearner
 from vimnas_ds.train.best import Best
-from vimnas_ds.train.checkpoint import go_back, load_checkpoint, save_checkpoint
+from vimnas_ds.train.checkpoint import (
+    finish_save,
+    go_back,
+    load_checkpoint,
+    save_checkpoint,
+    seed_generators,
+)
 from vimnas_ds.train.engine import build_engine, build_supernet, start_weights
 from vimnas_ds.train.evaluate import Evaluator, Score
 from vimnas_ds.train.faults import FaultReport
@@ -80,11 +86,17 @@ class Trainer:
         self.skipped = self.skipped_in_a_row = 0
         self.best = Best()
         self._faults_before: dict[str, Any] | None = None
+        self._unseen = set(section.data.datasets)  # datasets whose batch is still to be pictured
+        self._alpha_losses: dict[str, torch.Tensor] = {}  # of each dataset since the last line
+        seed_generators(section.seed, ranks)
         position, later = DataCursor(), list[str]()
         if checkpoint is not None:
             position = run_together(lambda: self.restore(checkpoint), ranks)
             if ranks.is_main and checkpoint.parent.resolve() == self.files.checkpoints.resolve():
                 later = go_back(checkpoint.parent, checkpoint.name)
+                keeping = section.checkpoint
+                best = self.best.step if keeping.keep_best else None
+                finish_save(checkpoint.parent, keeping.keep, best)
         labels = {name: catalog.class_names for name, catalog in data.catalogs.items()}
         claim_folder(self.files, config, labels, ranks, checkpoint is None)  # the run has begun
         is_image = {name: d.is_image for name, d in section.data.datasets.items()}
@@ -104,8 +116,6 @@ class Trainer:
         self.faults = FaultReport(
             self.loaders, self.evaluator, self.console, self.board, self._faults_before
         )
-        self._unseen = set(section.data.datasets)  # datasets whose batch is still to be pictured
-        self._alpha_losses: dict[str, torch.Tensor] = {}  # the latest of each dataset
         for line in warm_report:
             self.console.say(line)
         self._saved_at = time.monotonic()
@@ -197,7 +207,7 @@ class Trainer:
                 taken = self.train_step(context)
             interval.waited += taken.waited
             done = step + 1
-            if done % log.every == 0 or done == total or interval.is_first:
+            if done % log.every == 0 or done in (1, total):  # the same ones, resumed or not
                 self._log(context, taken.lr, interval)
             if done % log.images_every == 0 or done == total:
                 self._pictures(done)
@@ -328,6 +338,8 @@ class Trainer:
             "faults": self.faults.state_dict(),
             "meters": self.meters.state_dict(),
             "best": self.best.state_dict(),
+            "unseen": sorted(self._unseen),
+            "alpha_losses": dict(self._alpha_losses),
             "identity": self._identity(),
         }
         root, keeping = self.files.checkpoints, self.section.checkpoint
@@ -358,6 +370,8 @@ class Trainer:
         self.choices.load_state_dict(state["choices"])
         self.meters.load_state_dict(state["meters"])
         self.best.load_state_dict(state["best"])
+        self._unseen = set(state["unseen"])
+        self._alpha_losses = state["alpha_losses"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self._faults_before = state["faults"]
         return DataCursor.from_state(state["position"])

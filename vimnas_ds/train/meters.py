@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vimnas_ds.space import Arch
-from vimnas_ds.train.ranks import Ranks, sum_over_ranks
+from vimnas_ds.train.ranks import Ranks, gather_objects, sum_over_ranks
 
 
 class Meters:
@@ -28,12 +28,16 @@ class Meters:
         row[2] += count
 
     def state_dict(self) -> torch.Tensor:
-        """The sums of all ranks (collective)."""
-        return sum_over_ranks(self._sums.clone(), self._ranks).cpu()
+        """The sums of every rank, (ranks, datasets, 3) (collective). Not their total: a resumed
+        run adds up in the same order, so that not even the last bit is another."""
+        return torch.stack(gather_objects(self._sums.cpu()))
 
     def load_state_dict(self, sums: torch.Tensor) -> None:
-        """Rank 0 takes all; the next `take` sums over ranks again."""
-        self._sums.copy_(sums * self._ranks.is_main)
+        """Every rank takes its own; where others saved them, rank 0 takes all."""
+        if len(sums) == self._ranks.world_size:
+            self._sums.copy_(sums[self._ranks.rank])
+        else:
+            self._sums.copy_(sums.sum(0) * self._ranks.is_main)
 
     def take(self) -> dict[str, tuple[float, float]]:
         """Mean (loss, top-1) of each dataset seen, over all ranks; then starts anew."""
@@ -54,13 +58,8 @@ class Interval:
 
     def __init__(self, samples_per_step: int):
         self._samples = samples_per_step
-        self._steps = self._taken = 0
+        self._steps = 0
         self._seconds = self._started = self.waited = 0.0
-
-    @property
-    def is_first(self) -> bool:
-        """Whether just one step was done in this process: it is logged, to show signs of life."""
-        return self._taken == 0 and self._steps == 1
 
     def __enter__(self) -> None:
         self._started = time.perf_counter()
@@ -73,7 +72,6 @@ class Interval:
         """(samples per second, seconds waited per step); then starts anew."""
         rate = self._steps * self._samples / max(self._seconds, 1e-9)
         waited = self.waited / max(self._steps, 1)
-        self._taken += self._steps
         self._steps, self._seconds, self.waited = 0, 0.0, 0.0
         return rate, waited
 
