@@ -1,0 +1,106 @@
+"""What grows is seen to grow, and what only varies is not; the samples are what a process holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from vimnas_ds.report.endurance import trend
+
+STEPS = list(range(0, 2000, 10))
+
+
+def values(slope: float, seed: int = 0) -> list[float]:
+    """A warm-up of 50, then `slope` per 1000 steps, under noise and spikes of evaluations."""
+    noise = np.random.default_rng(seed).normal(0, 2, len(STEPS))
+    return [
+        500 + 50 * min(step / 400, 1) + slope * step / 1000 + float(n) + 10 * (step % 200 == 0)
+        for step, n in zip(STEPS, noise, strict=True)
+    ]
+
+
+def test_a_leak_is_seen_under_noise_and_a_warm_up_is_none() -> None:
+    leaking, steady = trend(STEPS, values(20)), trend(STEPS, values(0))
+    assert leaking.slopes[1] == pytest.approx(20, abs=2)
+    assert leaking.rise == pytest.approx(20, abs=2)
+    assert not leaking.is_flat(16)
+    assert steady.rise == pytest.approx(0, abs=2)
+    assert steady.slopes[0] > 30
+    assert steady.is_flat(3)
+    assert trend(STEPS, values(-20)).is_flat(0)
+    assert (steady.settled, steady.end) == pytest.approx((550, 550), abs=1)
+
+
+def test_too_few_samples_are_no_trend() -> None:
+    with pytest.raises(ValueError, match="at least 8 samples"):
+        trend([1, 2], [3, 4])
+    with pytest.raises(ValueError, match="two steps at least"):
+        trend([1, *[9] * 20], [3] * 21)
+
+
+HOLDS = """
+import mmap, os, subprocess, sys, threading, time
+files = [open(os.devnull) for _ in range(30)]
+shared = open(f"/dev/shm/{sys.argv[1]}", "w+b")
+shared.truncate(3 << 20)
+mapped = mmap.mmap(shared.fileno(), 0)
+held = bytearray(os.urandom(1 << 20) * 64)
+for _ in range(5):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print("ready", flush=True)
+sys.stdin.read()
+child.kill()
+"""
+
+
+def test_a_sample_is_what_a_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from run_processes import MARK, find_processes
+    from soak import sample
+
+    name = uuid.uuid4().hex
+    command = [sys.executable, "-c", HOLDS, name, "train.py"]
+    environment = {**os.environ, MARK: name, "RANK": "3"}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            found = {p.role: p for p in find_processes(name)}
+            held = sample(found["rank"])
+        finally:
+            process.communicate(b"")
+            Path(f"/dev/shm/{name}").unlink()
+    assert found["rank"].pid == process.pid
+    assert found["rank"].rank == 3
+    assert found["helper"].pid != process.pid
+    assert 64 <= held["PSS (MiB)"] <= held["RSS (MiB)"] < 200
+    assert 34 <= held["open files"] <= 38
+    assert held["threads"] == 6
+    assert held["child processes"] == 1
+    assert held["/dev/shm (MiB)"] == 3
+
+
+@pytest.mark.slow
+def test_a_short_soak_is_flat(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/soak.py", "--steps", "96", "--every", "0.3"]
+    command += ["--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    report = json.loads((tmp_path / "soak.json").read_text())
+    assert report["steps"] > 85
+    assert {(f["quantity"], f["rank"]) for f in report["figures"]} >= {
+        ("RSS (MiB)", 0),
+        ("threads", 1),
+    }
+    assert (tmp_path / "soak.png").stat().st_size > 10_000
