@@ -72,10 +72,12 @@ def write_lines(root: Path, steps: range, rate: float, loss: float = 2.0) -> Non
             )
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> tuple[Path, Path]:
-    """One run as it was, and one that died after step 5, amid a record, and was resumed at 4."""
-    whole, killed = write_run(tmp_path / "whole"), tmp_path / "killed"
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """whole/: a run as it was; killed/: one that died after step 5, amid a record, and was resumed
+    at 4."""
+    root = tmp_path_factory.mktemp("runs")
+    whole, killed = write_run(root / "whole"), root / "killed"
     shutil.copytree(whole, killed)
     shutil.rmtree(killed / "tensorboard")
     write_points(killed, 1, range(1, 6), rate=7)
@@ -85,7 +87,13 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
     write_points(killed, 5, range(5, 7), rate=8)
     write_lines(killed, range(4, 6), rate=9, loss=7)
     write_lines(killed, range(4, 7), rate=8)
-    return whole, killed
+    return root
+
+
+@pytest.fixture
+def runs(templates: Path, tmp_path: Path) -> tuple[Path, Path]:
+    shutil.copytree(templates, tmp_path / "runs")
+    return tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
 
 
 def test_what_was_done_again_is_no_difference(runs: tuple[Path, Path]) -> None:
