@@ -36,6 +36,7 @@ from vimnas_ds.train.ranks import (
 )
 from vimnas_ds.train.run_files import (
     ALPHAS_FILE,
+    EMA_FILE,
     POSITION_FILE,
     WEIGHTS_FILE,
     CheckpointError,
@@ -59,6 +60,7 @@ class TrainedNetwork:
     net: Supernet
     dtype: torch.dtype
     weights: str  #: digest of the weights
+    ema: bool  #: whether they are the moving average
 
     @property
     def files(self) -> RunFiles:
@@ -131,9 +133,10 @@ def latest_run(root: Path = Path("runs")) -> Path:
 
 
 def open_network(
-    checkpoint: Path | None, ranks: Ranks, overrides: Sequence[str] = ()
+    checkpoint: Path | None, ranks: Ranks, overrides: Sequence[str] = (), ema: bool = False
 ) -> TrainedNetwork:
-    """Open a checkpoint (a run's folder, one checkpoint, or None: the latest run's).
+    """Open a checkpoint (a run's folder, one checkpoint, or None: the latest run's); `ema`: with
+    the moving average of the weights in their place.
 
     Raises ConfigError or CheckpointError in words when something is not there or does not fit.
     """
@@ -147,17 +150,23 @@ def open_network(
                 f"vimnas.data.held_out is {trained} in {path.parent.parent}, now {now}: files that "
                 "were trained on would be scored; train anew with it"
             )
+    file = path / (EMA_FILE if ema else WEIGHTS_FILE)
+    if ema and not file.is_file():
+        raise CheckpointError(
+            f"{path} holds no moving average of the weights: leave out --ema, or train with "
+            "--set vimnas.ema={}"
+        )
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
     net = build_supernet(config)
     try:
-        with (path / WEIGHTS_FILE).open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
-        net.load_state_dict(load_file(str(path / WEIGHTS_FILE)))
+        with file.open("rb") as opened:
+            weights = hashlib.file_digest(opened, "sha256").hexdigest()
+        net.load_state_dict(load_file(str(file)))
     except (RuntimeError, SafetensorError) as err:
-        raise CheckpointError(f"{path / WEIGHTS_FILE} cannot be used: {err}") from err
+        raise CheckpointError(f"{file} cannot be used: {err}") from err
     dtype = torch.bfloat16 if config.bf16(ranks.device.type == "cuda") else torch.float32
     net = net.to(ranks.device, dtype).eval().requires_grad_(False)
-    return TrainedNetwork(config, path, net, dtype, weights)
+    return TrainedNetwork(config, path, net, dtype, weights, ema)
 
 
 def open_run(
@@ -165,13 +174,15 @@ def open_run(
     ranks: Ranks,
     overrides: Sequence[str] = (),
     samples: int | None = None,
+    ema: bool = False,
 ) -> SearchRun:
-    """Open a checkpoint with its data; `samples` bounds every `select` split (see `thin_out`).
+    """Open a checkpoint with its data; `samples` bounds every `select` split (see `thin_out`),
+    `ema` as in `open_network`.
 
     Raises DataMissing, ConfigError, CheckpointError, CannotStart where another rank did, or
     RanksDisagree when the ranks see different files.
     """
-    network = run_together(lambda: open_network(checkpoint, ranks, overrides), ranks)
+    network = run_together(lambda: open_network(checkpoint, ranks, overrides, ema), ranks)
     section, path = network.config.vimnas, network.checkpoint
     data = open_data(section.data, ranks, network.files.config)
     check_agreement(data.fingerprint(), "the lists of data files", ranks)
@@ -186,6 +197,7 @@ def open_run(
         network.net,
         network.dtype,
         network.weights,
+        network.ema,
         load_file(str(path / ALPHAS_FILE)),
         json.loads((path / POSITION_FILE).read_text()),
         data,

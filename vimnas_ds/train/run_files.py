@@ -26,6 +26,7 @@ from vimnas_ds.train.ranks import Ranks, gather_objects
 
 #: plain files in a checkpoint, beside DeepSpeed's shards
 WEIGHTS_FILE = "supernet.safetensors"
+EMA_FILE = "ema.safetensors"  #: in runs with vimnas.ema
 ALPHAS_FILE = "alphas.safetensors"
 POSITION_FILE = "position.json"
 
