@@ -67,7 +67,7 @@ def open_search(config: RunConfig, net: torch.nn.Module, ranks: Ranks, folder: P
     data = SimpleNamespace(splits={DATASET: {"select": [Sample(name, 0) for name in names]}})
     evaluator = InMemory(ranks, names)
     run = SearchRun(
-        config, folder, cast(Any, net), torch.float32, "", {}, {}, cast(Any, data),
+        config, folder, cast(Any, net), torch.float32, "", False, {}, {}, cast(Any, data),
         cast(Any, None), evaluator, ranks,
     )  # fmt: skip
     log = EvaluationLog(folder / "evaluations.csv", [DATASET], ranks.is_main)

@@ -91,7 +91,7 @@ def compare(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 2:
             raise ConfigError(f"--{name} must be at least 2, got {getattr(args, name)}")
     ranks = start_ranks(SEARCH_TIMEOUT, engine=False)
-    run = open_run(args.checkpoint, ranks, args.set, args.samples)
+    run = open_run(args.checkpoint, ranks, args.set, args.samples, args.ema)
     folder = args.out or run.files.root / "compare"
     objective = parse_objective(args.datasets, run.datasets, args.metric)
     picks, notes = find_picks(run, args.pick, objective)
@@ -105,6 +105,7 @@ def compare(args: argparse.Namespace) -> int:
         weights = evaluations.objective.weights
         about = {
             "checkpoint": str(run.checkpoint),
+            "ema": run.ema,
             "split": args.split,
             "seed": args.seed,
             "random_within_percent": within,

@@ -87,7 +87,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.out is not None and args.out.suffix != ".json":
         raise ConfigError(f"--out {args.out} must end in .json: a CSV and pictures go beside it")
     ranks = start_ranks(SEARCH_TIMEOUT, engine=False)
-    run = open_run(args.checkpoint, ranks, args.set)
+    run = open_run(args.checkpoint, ranks, args.set, ema=args.ema)
     datasets = choose_datasets(run, args.datasets)
     archs = {name: named_arch(name, run.net.space) for name in args.arch}
     evaluator = MultiViewEvaluator(run, args.single_view, args.views, args.stride)

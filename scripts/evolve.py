@@ -102,7 +102,7 @@ def search(args: argparse.Namespace) -> int:
     check(args)
     options = EvolutionOptions(**{name: getattr(args, name) for name in HELP})
     ranks = start_ranks(SEARCH_TIMEOUT, engine=False)
-    run = open_run(args.checkpoint, ranks, args.set, args.samples)
+    run = open_run(args.checkpoint, ranks, args.set, args.samples, args.ema)
     model, constraints, against = read_budget(args, run, args.pareto)
     name = "evolution" if against is None else "front"
     asked = args.pick or "knee"

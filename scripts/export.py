@@ -19,7 +19,7 @@ import torch
 from vimnas_ds.arch_file import named_arch
 from vimnas_ds.export import ExportError, export_subnet, load_subnet
 from vimnas_ds.search.cli import build_parser, run_script
-from vimnas_ds.search.run import TrainedNetwork, open_network
+from vimnas_ds.search.run import TrainedNetwork, choose_checkpoint, open_network
 from vimnas_ds.space import Arch
 from vimnas_ds.train.ranks import start_ranks
 
@@ -43,7 +43,11 @@ def write_export(network: TrainedNetwork, arch: Arch, folder: Path) -> float:
         for name, d in sections.items()
     }
     labels = json.loads(network.files.labels.read_text())
-    source = {"checkpoint": str(network.checkpoint), "space": network.config.vimnas.space}
+    source = {
+        "checkpoint": str(network.checkpoint),
+        "ema": network.ema,
+        "space": network.config.vimnas.space,
+    }
     export_subnet(net.extract(arch), folder, net.space.head_dim, labels, steps, source)
     loaded = load_subnet(folder).to(device)
     worst = 0.0
@@ -62,7 +66,7 @@ def export(args: argparse.Namespace) -> int:
     ranks = start_ranks(engine=False)
     if not ranks.is_main:
         return 0  # one process is enough
-    network = open_network(args.checkpoint, ranks, args.set)
+    network = open_network(choose_checkpoint(args.checkpoint, ranks), ranks, args.set, args.ema)
     arch = named_arch(args.arch, network.net.space)
     folder = args.out or network.files.root / "export"
     worst = write_export(network, arch, folder)

@@ -107,7 +107,7 @@ def check(args: argparse.Namespace) -> None:
 def search(args: argparse.Namespace) -> int:
     check(args)
     ranks = start_ranks(SEARCH_TIMEOUT, engine=args.tune_steps > 0)
-    run = open_run(args.checkpoint, ranks, args.set, args.samples)
+    run = open_run(args.checkpoint, ranks, args.set, args.samples, args.ema)
     folder = args.out or run.files.root / "perturbation"
     lr = run.config.vimnas.peak_lr / 10 if args.tune_lr is None else args.tune_lr
     original = run.net

@@ -82,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def rank(args: argparse.Namespace) -> int:
     check(args)
-    run = open_run(args.checkpoint, start_ranks(engine=False), args.set)
+    run = open_run(args.checkpoint, start_ranks(engine=False), args.set, ema=args.ema)
     try:
         parse_objective(args.datasets, run.datasets)  # refused before anything is written
         archs = choose_archs(run.config, run.net.space, args.count, args.seed)
@@ -112,6 +112,8 @@ def check(args: argparse.Namespace) -> None:
     if args.count < fewest:
         hint = "" if args.trial else "; --trial allows fewer, to try the path out"
         raise ConfigError(f"--count {args.count}: at least {fewest} are needed for a tau{hint}")
+    if args.ema and args.start == "inherited":
+        raise ConfigError("--from inherited starts from the weights themselves: leave out --ema")
     for name in ("epochs", "steps", "jobs"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name} must be at least 1, got {value}")
@@ -144,7 +146,7 @@ def score_alone(
     run = evaluations.run
     checkpoint = trainings.checkpoint(number)
     assert checkpoint is not None  # it is finished
-    alone = open_network(checkpoint, run.ranks)
+    alone = open_network(checkpoint, run.ranks, ema=run.ema)
     theirs = replace(
         run, config=alone.config, checkpoint=alone.checkpoint, net=alone.net, weights=alone.weights
     )

@@ -9,7 +9,7 @@ import torch
 
 from tests.small import small_config
 from vimnas_ds.config import DatasetSection, parse_config
-from vimnas_ds.space import SPACES
+from vimnas_ds.space import SPACES, SearchSpace
 from vimnas_ds.train.objective import Objective
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule
 
@@ -23,8 +23,8 @@ def schedule(**changes) -> Schedule:
     return Schedule.build(parse_config(raw), SIZES)
 
 
-def drawer(cursor: DataCursor | None = None, seed: int = 0) -> Drawer:
-    return Drawer(schedule(), SPACES["nano"], IS_IMAGE, seed, cursor)
+def drawer(cursor: DataCursor | None = None, seed: int = 0, sandwich: int | None = None) -> Drawer:
+    return Drawer(schedule(), SPACES["nano"], IS_IMAGE, seed, cursor, sandwich)
 
 
 def take(source: Drawer, count: int) -> list:
@@ -66,6 +66,29 @@ def test_draws_depend_on_seed_and_cursor_alone():
     assert take(resumed, 67) == whole[333:]
     assert take(drawer(seed=1), 400) != whole
     assert whole[0].fingerprint() != whole[1].fingerprint()
+
+
+def test_a_sandwich_is_largest_smallest_and_random_ones():
+    space, plain = SPACES["nano"], take(drawer(), 400)
+    found = take(drawer(sandwich=3), 400)
+    for one, several in zip(plain, found, strict=True):
+        assert several.archs[:2] == (space.largest(), space.smallest())
+        assert len(several.archs) == 5
+        assert several.random_archs[0] == one.archs[0] == one.random_archs[0]
+        assert (several.dataset, several.batch_index) == (one.dataset, one.batch_index)
+    assert len({a for c in found for a in c.random_archs}) > 200
+    first = drawer(sandwich=3)
+    take(first, 333)
+    position = DataCursor.from_state(first.position.state_dict())
+    assert take(drawer(position, sandwich=3), 67) == found[333:]
+    assert drawer(sandwich=0).draw().random_archs == ()
+
+
+def test_a_single_sub_network_is_no_sandwich():
+    arch = SPACES["nano"].smallest()
+    source = drawer(sandwich=3)
+    source.space = SearchSpace.single(arch, SPACES["nano"].head_dim)
+    assert source.draw().archs == source.draw().random_archs == (arch,)
 
 
 def test_the_cursor_moves_on_when_the_step_is_repeated():
@@ -129,6 +152,20 @@ def test_losses_are_what_the_recipe_says():
     torch.testing.assert_close(Objective(VIDEO).loss(logits, y), nll)
     smoothed = Objective(VIDEO.model_copy(update={"label_smoothing": 0.3})).loss(logits, y)
     torch.testing.assert_close(smoothed, 0.7 * nll - 0.3 * log_p.mean())
+
+
+def test_a_sandwich_learns_labels_with_its_largest_and_its_largest_with_the_others():
+    logits, y = torch.randn(3, 6, 5, requires_grad=True), torch.randint(0, 5, (6,))
+    objective = Objective(VIDEO.model_copy(update={"label_smoothing": 0.3}))
+    losses = objective.sandwich_losses(logits, y, distill=True)
+    p, log_q = logits[0].softmax(-1), logits[2].log_softmax(-1)
+    torch.testing.assert_close(losses[0], objective.loss(logits[0], y))
+    torch.testing.assert_close(losses[2], -(p * log_q).sum(-1).mean())
+    (gradient,) = torch.autograd.grad(losses[1:].sum(), logits)
+    assert (gradient[0] == 0).all()  # nothing pulls the teacher towards its students
+    torch.testing.assert_close(gradient[2], (logits[2].softmax(-1) - p) / 6)
+    on_labels = objective.sandwich_losses(logits, y, distill=False)
+    torch.testing.assert_close(on_labels[1], objective.loss(logits[1], y))
 
 
 def test_contexts_are_frozen():

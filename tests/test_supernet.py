@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from tests.conftest import SMALL_TUBES, clip_batch, image_batch
 from vimnas_ds.model.alphas import Alphas, one_hot
 from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.model.tokens import sincos_positions, token_centres
 from vimnas_ds.ops.gates import hidden_mass, leading_mass, weighted_layer_norm
 from vimnas_ds.ops.sliced_linear import sliced_linear, sliced_linear_ref
@@ -46,6 +47,44 @@ def test_superposed_at_one_hot_equals_sampled(build_supernet, options):
         for dataset, x in INPUTS:
             soft = net.superposed(x, one_hot(SPACE, arch), dataset)
             assert_close(soft, net(x, arch, dataset), atol=1e-5, rtol=1e-5)
+
+
+def test_several_at_once_equal_each_alone_and_only_the_first_drops_paths(build_supernet):
+    net = build_supernet(ModelOptions(qk_norm=True, layer_scale=0.5, drop_path=0.9))
+    archs = [SPACE.largest(), SPACE.smallest(), SPACE.largest()]
+    for dataset, x in INPUTS:
+        together = net.train()(x, archs, dataset)
+        net.eval()
+        alone = [net(x, arch, dataset) for arch in archs]
+        for found, expected in zip(together[1:], alone[1:], strict=True):
+            assert torch.equal(found, expected)
+        assert (together[0] - alone[0]).abs().max() > 1e-3
+
+
+def test_qk_norm_takes_the_scale_out_of_q_and_k(build_supernet):
+    """What diverges without it, growing attention logits, has no effect."""
+    moved = []
+    for switch in (True, False):
+        net, x, arch = build_supernet(ModelOptions(qk_norm=switch)), clip_batch(), SPACE.largest()
+        before = net(x, arch, "k400")
+        with torch.no_grad():
+            for block in net.blocks:
+                for parameter in (block.attn.qkv.weight, block.attn.qkv.bias):
+                    parameter[: 2 * len(parameter) // 3] *= 50  # q and k, not v
+        moved.append(float((net(x, arch, "k400") - before).detach().abs().max()))
+    assert moved[0] < 1e-4
+    assert moved[1] > 1e-2
+
+
+def test_layer_scale_starts_blocks_near_the_identity():
+    for start in (1e-4, 1.0):
+        torch.manual_seed(0)
+        block = Supernet(SPACE, SMALL_TUBES, {"k400": 5}, ModelOptions(layer_scale=start)).blocks[0]
+        torch.nn.init.normal_(block.mlp.fc2.weight)
+        x = torch.randn(2, 9, 64)
+        change = (block(x, 2, 256, 0.0) - x).detach().abs().max()
+        assert (change < 1e-2) == (start == 1e-4)
+        assert change > 0
 
 
 def test_activation_checkpointing_changes_no_bit(build_supernet):

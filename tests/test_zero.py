@@ -73,10 +73,43 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(results, dtype):
     assert found["nan_moved"] == 0
 
 
-def test_clipping_bounds_the_applied_gradient(results):
+def test_clipping_scales_the_active_gradient_to_the_norm(results):
     found = results["clipped"]
-    assert found["norm"] > 0.5
-    assert found["applied_norm"] == pytest.approx(0.5, rel=1e-3)
+    assert found["norm"] > 0.3  # three times what is allowed
+    assert found["norm"] == pytest.approx(found["active_norm"], rel=1e-5)
+    assert found["wrong"] == found["frozen_moved"] == 0
+
+
+@pytest.mark.parametrize("targets", ["distilled", "labels"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 0.03)])
+def test_a_sandwich_has_the_gradient_of_its_summed_loss(results, dtype, tolerance, targets):
+    found = results[f"sandwich_{dtype}_{targets}"]
+    assert found["archs"] == 4
+    assert found["error"] < tolerance
+    assert found["error_of_largest_alone"] > 0.3
+    assert found["untouched_moved"] == 0
+
+
+@pytest.mark.parametrize("targets", ["distilled", "labels"])
+def test_a_sandwich_reports_its_largest(results, targets):
+    found = results[f"sandwich_fp32_{targets}"]
+    assert found["loss_differs"] < 1e-6
+    assert found["correct"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_average_moves_where_the_step_does_and_nowhere_else(results, dtype):
+    found = results[f"ema_{dtype}"]
+    assert found["start_differs"] == found["frozen_changed"] == found["wrong"] == 0
+    assert found["moved"] > 50_000
+    assert found["moved_by_nan"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_evaluating_with_the_average_leaves_every_weight_as_it_was(results, dtype):
+    found = results[f"ema_{dtype}"]
+    assert found["evaluated_with_it"]
+    assert found["own_changed"] == found["masters_changed"] == found["kept_by_others"] == 0
 
 
 def test_ranks_that_disagree_are_named(results):

@@ -340,6 +340,31 @@ class OptimizerSection(Section):
     )
 
 
+class SandwichSection(Section):
+    """The sandwich rule (US-Nets, NASViT): every step trains the largest sub-network, the smallest
+    and some random ones on one batch, by the sum of their losses. Only the largest gets drop path;
+    the logged loss and top-1 are its. A step costs that many passes, and the activations of all of
+    them are alive until its one backward pass: `model.activation_checkpointing`, or a smaller
+    batch, makes room. A single sub-network (`arch`) is trained as without it."""
+
+    random: int = Field(2, ge=0, description="Random sub-networks besides largest and smallest")
+    distill: bool = Field(
+        True,
+        description="In-place distillation: all but the largest learn its soft predictions (which "
+        "get no gradient from them) in place of the labels",
+    )
+
+
+class EmaSection(Section):
+    """Moving average of the supernet's weights, 4 bytes per parameter over all ranks. A block's
+    average moves in the steps that train the block, and in no other."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.9999,
+        description="Of an update; after n updates of the block (1 + n) / (10 + n) where less",
+    )
+
+
 class LogSection(Section):
     """What is written how often (steps count optimiser steps)."""
 
@@ -400,6 +425,12 @@ class VimnasSection(Section):
     schedule: ScheduleSection = Field(ScheduleSection(), description=ScheduleSection.__doc__)
     optimizer: OptimizerSection = Field(OptimizerSection(), description=OptimizerSection.__doc__)
     alpha: AlphaSection = Field(AlphaSection(), description=AlphaSection.__doc__)
+    sandwich: SandwichSection | None = Field(
+        None, description="The sandwich rule; null: off as in the paper, {}: on"
+    )
+    ema: EmaSection | None = Field(
+        None, description="Moving average of the weights; null: off as in the paper, {}: on"
+    )
     log: LogSection = Field(LogSection(), description=LogSection.__doc__)
     checkpoint: CheckpointSection = Field(
         CheckpointSection(), description=CheckpointSection.__doc__

@@ -5,12 +5,13 @@ Every case prints one line `RESULT name {json}` on rank 0; the claims are checke
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
@@ -18,6 +19,7 @@ from deepspeed.utils import (
     safe_get_full_grad,
     safe_get_full_optimizer_state,
 )
+from torch.func import functional_call
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,9 +28,12 @@ from tests.small import small_config
 from vimnas_ds.config import parse_config
 from vimnas_ds.layout import Activation, ParamGrids
 from vimnas_ds.ops._extension import available
+from vimnas_ds.seeds import derive_seed
 from vimnas_ds.train.alpha_step import AlphaLearner
 from vimnas_ds.train.engine import Engine, build_engine, build_supernet
 from vimnas_ds.train.ranks import RanksDisagree, check_agreement, start_ranks
+from vimnas_ds.train.schedule import Drawer, Schedule
+from vimnas_ds.train.step import WeightStepper
 
 LR, STEPS = 1e-2, 8
 ranks = start_ranks()
@@ -292,18 +297,155 @@ def alpha_and_skip(bf16: bool) -> None:
 
 
 def clipped() -> None:
-    """Clipping works on the flat partitions: the update still equals AdamW on clipped gradients
-    (to rounding), and the norm is finite."""
-    engine = build(False, clipping=0.5)
-    activation = activation_of(1, engine)
+    """The update is AdamW's on the gradient of the active part, scaled to the clip norm."""
+    engine = build(False, clipping=0.1)
+    layouts, activation = engine.net.layouts(), activation_of(1, engine)
     backward(engine, 1, activation)
+    active = {}
+    for name, p in engine.net.named_parameters():
+        mask = sampled_mask(name, layouts[name].shape, activation).view(p.shape)
+        active[name] = safe_get_full_grad(p).clone() * mask
+    before = snapshot(engine, fresh=True)
     engine.optimizer.activate(activation, LR, 0.0)
     engine.deepspeed.step()
-    moments = snapshot(engine)
-    total = float(
-        np.sqrt(sum(float((m["exp_avg"] / 0.1).square().sum()) for m in moments.values()))
+    after = snapshot(engine)
+    norm = float(sum(g.double().square().sum() for g in active.values()) ** 0.5)
+    wrong = frozen_moved = 0
+    for name, gradient in active.items():
+        g = gradient * (0.1 / norm)
+        update = LR * g / (g.abs() + 1e-8)  # AdamW's first
+        expected = {"exp_avg": 0.1 * g, "w": before[name]["w"] - update}
+        mask = sampled_mask(name, layouts[name].shape, activation).view(g.shape)
+        for key, value in expected.items():
+            close = torch.isclose(after[name][key], value, rtol=1e-4, atol=1e-7)
+            # where a gradient is near AdamW's eps its direction is all in the rounding
+            wrong += int((~close & mask & ((g.abs() > 1e-6) | (key != "w"))).sum())
+            frozen_moved += int((after[name][key] != before[name][key])[~mask].sum())
+    report(
+        "clipped",
+        norm=float(engine.deepspeed.get_global_grad_norm()),
+        active_norm=norm,
+        wrong=wrong,
+        frozen_moved=frozen_moved,
     )
-    report("clipped", norm=float(engine.deepspeed.get_global_grad_norm()), applied_norm=total)
+
+
+def sandwich(bf16: bool, distill: bool) -> None:
+    """A whole weight step of four sub-networks against dense gradients: each sub-network's own
+    forward and backward in plain torch, the gradients added up and averaged over ranks."""
+    raw = small_config(bf16={"enabled": bf16})
+    raw["vimnas"]["sandwich"] = {"random": 2, "distill": distill}
+    raw["vimnas"]["model"] |= {"drop_path": 0.5, "activation_checkpointing": not distill}
+    config = parse_config(raw)
+    net = build_supernet(config)
+    randomise(net)
+    dense = copy.deepcopy(net)
+    if bf16:  # the weights that the network has, the arithmetic exact
+        dense = dense.bfloat16().float()
+    engine = build_engine(config, ranks, net)
+    schedule = Schedule.build(config, {"imagenet": 8, "k400": 8})
+    context = Drawer(schedule, net.space, {"imagenet": True, "k400": False}, 0, None, 2).draw()
+    x, y = batch(0, context.dataset, torch.float32)
+    loaders = SimpleNamespace(batch=lambda *_: SimpleNamespace(x=x.clone(), y=y))
+    stepper = WeightStepper(config, engine, loaders, ranks)  # type: ignore[arg-type]
+    result = stepper.step(context, LR)
+
+    largest, *others = context.archs
+    if bf16:
+        x = x.bfloat16().float()
+    torch.manual_seed(derive_seed("step", 0, context.cursor, ranks.rank))
+    teacher = dense.train()(x, largest, context.dataset)
+    first = F.cross_entropy(teacher, y)
+    first.backward()
+    alone = {n: p.grad.clone() for n, p in dense.named_parameters() if p.grad is not None}
+    soft = teacher.detach().softmax(-1)
+    dense.eval()  # no drop path
+    for arch in others:
+        log_p = dense(x, arch, context.dataset).log_softmax(-1)
+        loss = -(soft * log_p).sum(-1).mean() if distill else F.nll_loss(log_p, y)
+        loss.backward()
+    square = {"error": 0.0, "error_of_largest_alone": 0.0, "all": 0.0}
+    untouched = 0
+    for (name, ours), p in zip(net.named_parameters(), dense.parameters(), strict=True):
+        moment = safe_get_full_optimizer_state(ours, "exp_avg")
+        if p.grad is None:
+            untouched += int((moment != 0).sum())
+            continue
+        dist.all_reduce(p.grad)
+        dist.all_reduce(alone[name])
+        expected, ours_found = p.grad / ranks.world_size, moment / 0.1  # a first moment
+        square["error"] += float((ours_found - expected).square().sum())
+        square["error_of_largest_alone"] += float(
+            (alone[name] / ranks.world_size - expected).square().sum()
+        )
+        square["all"] += float(expected.square().sum())
+    report(
+        f"sandwich_{'bf16' if bf16 else 'fp32'}_{'distilled' if distill else 'labels'}",
+        archs=len(context.archs),
+        error=(square["error"] / square["all"]) ** 0.5,
+        error_of_largest_alone=(square["error_of_largest_alone"] / square["all"]) ** 0.5,
+        untouched_moved=untouched,
+        loss_differs=abs(float(result.loss) - float(first)),
+        correct=int(result.correct) == int((teacher.argmax(-1) == y).sum()),
+    )
+
+
+def moving_average(bf16: bool) -> None:
+    """The average of every cell against its definition; frozen cells keep their bits; evaluating
+    with it leaves no trace."""
+    engine, decay = build(bf16), 0.3
+    engine.optimizer.start_ema(decay)
+    grids, net = engine.optimizer.grids, engine.net
+    layouts = net.layouts()
+    expected = {n: w["w"] for n, w in snapshot(engine, fresh=True).items()}
+    found = engine.ema_weights(keep=True)
+    totals = {"start_differs": sum(int((found[n] != expected[n]).sum()) for n in found)}
+    totals |= dict.fromkeys(("frozen_changed", "moved", "wrong"), 0)
+    counts = {name: [0] * len(grid) for name, grid in grids.grids.items()}
+    for step in range(6):
+        activation = activation_of(step, engine)
+        backward(engine, step, activation)
+        engine.optimizer.activate(activation, LR, 0.05)
+        engine.deepspeed.step()
+        before, found, weights = found, engine.ema_weights(keep=True), engine.weights(keep=True)
+        for name in grids.grids:
+            shape = layouts[name].shape
+            mask = sampled_mask(name, shape, activation)
+            old, new, w = (t[name].view(shape) for t in (before, found, weights))
+            reference = expected[name].view(shape)
+            totals["frozen_changed"] += int((old != new)[~mask].sum())
+            totals["moved"] += int((old != new)[mask].sum())
+            for i, s in enumerate(cell_slices(grids, name)):
+                if mask[s].all():
+                    counts[name][i] += 1
+                    n = counts[name][i]
+                    d = min(decay, (1 + n) / (10 + n))
+                    reference[s] = d * reference[s] + (1 - d) * w[s]
+            totals["wrong"] += int((~torch.isclose(new, reference, rtol=1e-5, atol=1e-7)).sum())
+    x, _ = batch(99, "k400", engine.dtype)
+    arch, own = net.space.largest(), {n: p.clone() for n, p in net.named_parameters()}
+    net.eval()
+    cast = {name: average.to(engine.dtype) for name, average in found.items()}
+    with torch.no_grad():
+        by_hand = functional_call(net, cast, (x, arch, "k400"))
+        with engine.averaged():
+            inside = net(x, arch, "k400")
+        outside = net(x, arch, "k400")
+    net.train()
+    masters = engine.weights(keep=True)
+    totals["masters_changed"] = sum(int((masters[n] != weights[n]).sum()) for n in masters)
+    totals["own_changed"] = sum(int((p != own[n]).sum()) for n, p in net.named_parameters())
+    backward(engine, 6, activation_of(6, engine), float("nan") if ranks.rank == 1 else 1.0)
+    engine.optimizer.activate(activation_of(6, engine), LR, 0.05)
+    engine.deepspeed.step()
+    after = engine.ema_weights(keep=True)
+    totals["moved_by_nan"] = sum(int((after[n] != found[n]).sum()) for n in found)
+    report(
+        f"ema_{'bf16' if bf16 else 'fp32'}",
+        **totals,
+        evaluated_with_it=torch.equal(inside, by_hand) and not torch.equal(inside, outside),
+        kept_by_others=len(engine.ema_weights(keep=False)),
+    )
 
 
 def agreement() -> None:
@@ -322,6 +464,9 @@ if __name__ == "__main__":
         if available():
             sampled_only(bf16, fused=True)
         alpha_and_skip(bf16)
+        sandwich(bf16, distill=True)
+        sandwich(bf16, distill=False)
+        moving_average(bf16)
     clipped()
     stock_adamw()
     agreement()

@@ -1,6 +1,6 @@
 """The entangled ViT supernet: one set of weights, every sub-network an argument of `forward`.
 
-    supernet(x, arch, dataset)                 one sampled sub-network
+    supernet(x, arch, dataset)                 one sampled sub-network, or several
     supernet.superposed(x, probabilities, ...) all of them at once, softly (the alpha step)
     supernet.extract(arch)                     a stand-alone copy of one
 
@@ -81,12 +81,20 @@ class Supernet(nn.Module):
         assert found.keys() == dict(self.named_parameters()).keys()
         return found
 
-    def forward(self, x: Tensor, arch: Arch, dataset: str) -> Tensor:
-        """Logits (B, classes of `dataset`) of the sub-network `arch`."""
+    def forward(self, x: Tensor, arch: Arch | Sequence[Arch], dataset: str) -> Tensor:
+        """Logits (B, classes of `dataset`) of the sub-network `arch`; of several, a sandwich,
+        (S, B, classes), and only the first of them has drop path (BigNAS, NASViT)."""
+        if isinstance(arch, Arch):
+            return self._logits(x, arch, dataset, self.options.drop_path)
+        rates = [self.options.drop_path, *[0.0] * (len(arch) - 1)]
+        parts = zip(arch, rates, strict=True)
+        return torch.stack([self._logits(x, a, dataset, rate) for a, rate in parts])
+
+    def _logits(self, x: Tensor, arch: Arch, dataset: str, drop_path: float) -> Tensor:
         x = self.tokens(x, arch.embed_dim)
         for layer in range(arch.depth):
             # stochastic depth ramps over the sampled depth
-            rate = self.options.drop_path * layer / max(arch.depth - 1, 1)
+            rate = drop_path * layer / max(arch.depth - 1, 1)
             block, heads, hidden = self.blocks[layer], arch.num_heads[layer], arch.hidden_dim(layer)
             if self.options.activation_checkpointing and self.training:
                 x = checkpoint(block, x, heads, hidden, rate, use_reentrant=False)

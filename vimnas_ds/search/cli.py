@@ -33,6 +33,11 @@ def build_parser(doc: str | None) -> argparse.ArgumentParser:
         help="a run's folder or one checkpoint; default: the latest run under runs/",
     )
     parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="the moving average of the weights (vimnas.ema) in place of the weights",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],

@@ -2,6 +2,7 @@
 
     {
       "checkpoint": "runs/x/checkpoints/step-...",   the weights
+      "ema": false,                                  whether they are the moving average
       "split": "test",
       "placement": "even" | "dense",                 of the clips, see vimnas_ds/data/views.py
       "stride": seconds | null,                      of dense clips; null: a quarter of a clip
@@ -57,6 +58,7 @@ def evaluation_object(
     plan = evaluator.plan(names[0])
     return {
         "checkpoint": str(run.checkpoint),
+        "ema": run.ema,
         "split": split,
         "placement": plan.placement,
         "stride": plan.stride,

@@ -31,6 +31,7 @@ def result_object(
     return {
         "selector": selector,
         "checkpoint": str(run.checkpoint),
+        "ema": run.ema,
         "weights": run.weights,
         "arch": json.loads(arch.to_json()),
         "objective": {"metric": scored.objective.metric, "weights": dict(scored.objective.weights)},

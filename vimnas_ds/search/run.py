@@ -23,7 +23,7 @@ from vimnas_ds.data.index_build import file_stats
 from vimnas_ds.data.joint import JointData, Loaders
 from vimnas_ds.data.listing import LOSSLESS
 from vimnas_ds.data.shards import MEMBERS
-from vimnas_ds.manifest import Damaged, read_manifest
+from vimnas_ds.manifest import Damaged, read_manifest, verify
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.train.engine import build_supernet
 from vimnas_ds.train.evaluate import Evaluator
@@ -38,6 +38,7 @@ from vimnas_ds.train.ranks import (
 )
 from vimnas_ds.train.run_files import (
     ALPHAS_FILE,
+    EMA_FILE,
     PLAIN_FILES,
     POSITION_FILE,
     WEIGHTS_FILE,
@@ -62,6 +63,7 @@ class TrainedNetwork:
     net: Supernet
     dtype: torch.dtype
     weights: str  #: digest of the weights
+    ema: bool  #: whether they are the moving average
 
     @property
     def files(self) -> RunFiles:
@@ -147,8 +149,11 @@ def choose_checkpoint(checkpoint: Path | None, ranks: Ranks) -> Path:
     return Path(rank_zero_decides(decide, ranks))
 
 
-def open_network(path: Path, ranks: Ranks, overrides: Sequence[str] = ()) -> TrainedNetwork:
-    """Open a checkpoint found by `choose_checkpoint`.
+def open_network(
+    path: Path, ranks: Ranks, overrides: Sequence[str] = (), ema: bool = False
+) -> TrainedNetwork:
+    """Open a checkpoint found by `choose_checkpoint`; `ema`: with the moving average of the weights
+    in their place.
 
     Raises ConfigError or CheckpointError in words when something is not there or does not fit.
     """
@@ -161,16 +166,22 @@ def open_network(path: Path, ranks: Ranks, overrides: Sequence[str] = ()) -> Tra
                 f"vimnas.data.held_out is {trained} in {path.parent.parent}, now {now}: files that "
                 "were trained on would be scored; train anew with it"
             )
+    file = path / (EMA_FILE if ema else WEIGHTS_FILE)
+    if ema and not file.is_file():
+        raise CheckpointError(
+            f"{path} holds no moving average of the weights: leave out --ema, or train with "
+            "--set vimnas.ema={}"
+        )
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
     net = build_supernet(config)
     try:
-        weights = read_manifest(path).files[WEIGHTS_FILE].sha256
-        net.load_state_dict(load_file(str(path / WEIGHTS_FILE)))
+        manifest = verify(path, [EMA_FILE]) if ema else read_manifest(path)
+        net.load_state_dict(load_file(str(file)))
     except (OSError, RuntimeError, SafetensorError, Damaged) as err:
-        raise CheckpointError(f"{path / WEIGHTS_FILE} cannot be used: {err}") from err
+        raise CheckpointError(f"{file} cannot be used: {err}") from err
     dtype = torch.bfloat16 if config.bf16(ranks.device.type == "cuda") else torch.float32
     net = net.to(ranks.device, dtype).eval().requires_grad_(False)
-    return TrainedNetwork(config, path, net, dtype, weights)
+    return TrainedNetwork(config, path, net, dtype, manifest.files[file.name].sha256, ema)
 
 
 def open_run(
@@ -178,14 +189,16 @@ def open_run(
     ranks: Ranks,
     overrides: Sequence[str] = (),
     samples: int | None = None,
+    ema: bool = False,
 ) -> SearchRun:
-    """Open a checkpoint with its data; `samples` bounds every `select` split (see `thin_out`).
+    """Open a checkpoint with its data; `samples` bounds every `select` split (see `thin_out`),
+    `ema` as in `open_network`.
 
     Raises DataMissing, ConfigError, CheckpointError, CannotStart where another rank did, or
     RanksDisagree when the ranks see different files.
     """
     found = choose_checkpoint(checkpoint, ranks)
-    network = run_together(lambda: open_network(found, ranks, overrides), ranks)
+    network = run_together(lambda: open_network(found, ranks, overrides, ema), ranks)
     section, path = network.config.vimnas, network.checkpoint
     data = open_data(section.data, ranks, network.files.config)
     check_agreement(data.fingerprint(), "the lists of data files", ranks)
@@ -200,6 +213,7 @@ def open_run(
         network.net,
         network.dtype,
         network.weights,
+        network.ema,
         load_file(str(path / ALPHAS_FILE)),
         json.loads((path / POSITION_FILE).read_text()),
         data,

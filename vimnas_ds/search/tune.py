@@ -45,7 +45,9 @@ class Tuner:
         schedule = Schedule.build(config, run.data.sizes)
         is_image = {n: d.is_image for n, d in config.vimnas.data.datasets.items()}
         position = DataCursor.from_state(run.position)
-        self.drawer = Drawer(schedule, run.net.space, is_image, seed, position)
+        sandwich = config.vimnas.sandwich
+        num_random = sandwich.random if sandwich is not None else None
+        self.drawer = Drawer(schedule, run.net.space, is_image, seed, position, num_random)
 
     def __call__(self, space: SearchSpace) -> None:
         self.drawer.space = space

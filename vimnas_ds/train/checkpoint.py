@@ -5,7 +5,7 @@ share of the optimiser's state and its RNG, rank 0 the rest; under a hidden name
 signed by a manifest of checksums, renamed, and only then named by `latest`. They hold all that a
 run is: fp32 masters, moments and update counts, alphas and their Adam, the data cursor, the RNG of
 all ranks. Bytes on disk: 4 per parameter for the weights and 4 for each elementwise state (12 with
-AdamW's two moments, 16 with an EMA).
+AdamW's two moments, 20 with an EMA).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from vimnas_ds.train.ranks import CannotStart, Ranks, gather_objects, run_togeth
 from vimnas_ds.train.run_files import (
     ALPHAS_FILE,
     BEST,
+    EMA_FILE,
     LATEST,
     POSITION_FILE,
     WEIGHTS_FILE,
@@ -72,12 +73,14 @@ def save_checkpoint(
     hidden = root / f".tmp-{tag}"
     try:
         run_together(lambda: _prepare(hidden, engine) if ranks.is_main else None, ranks)
-        weights = engine.weights(keep=ranks.is_main)
+        whole = {WEIGHTS_FILE: engine.weights(keep=ranks.is_main)}
+        if engine.optimizer.ema_decay is not None:
+            whole[EMA_FILE] = engine.ema_weights(keep=ranks.is_main)
 
         def write() -> dict[str, FileEntry]:
             written = [_write_rank(hidden, engine, ranks)]
             if ranks.is_main:
-                written += _write_shared(hidden, weights, engine, state)
+                written += _write_shared(hidden, whole, engine, state)
             for file in written:
                 flush(file)  # by its writer: elsewhere it may still be in another machine's cache
             return {file.name: FileEntry.of(file) for file in written}
@@ -160,6 +163,7 @@ def _prepare(hidden: Path, engine: Engine) -> None:
     hidden.mkdir()
     flats = engine.optimizer.fragments
     states = 1 + max(len(elementwise(engine.optimizer, flat)) for flat in flats)
+    states += engine.optimizer.ema_decay is not None  # it is also written as a whole
     needed = 4 * states * sum(p.numel() for p in engine.net.parameters())
     free = shutil.disk_usage(hidden).free
     if free < needed:
@@ -173,16 +177,16 @@ def _write_rank(hidden: Path, engine: Engine, ranks: Ranks) -> Path:
 
 
 def _write_shared(
-    hidden: Path, weights: dict[str, Tensor], engine: Engine, state: dict[str, Any]
+    hidden: Path, whole: Mapping[str, dict[str, Tensor]], engine: Engine, state: dict[str, Any]
 ) -> list[Path]:
     counts, updates = engine.optimizer.counts_state()
     own = {**state, "counts": counts, "updates": updates, "engine": engine.counters()}
-    paths = [hidden / n for n in (WEIGHTS_FILE, ALPHAS_FILE, STATE_FILE, POSITION_FILE)]
-    save_file(weights, str(paths[0]))
-    save_file(_contiguous(state["learner"]["alphas"]), str(paths[1]))
-    write_state(paths[2], own)
-    paths[3].write_text(json.dumps(state["position"], indent=2))
-    return paths
+    tensors = {**whole, ALPHAS_FILE: _contiguous(state["learner"]["alphas"])}
+    for name, content in tensors.items():
+        save_file(content, str(hidden / name))
+    write_state(hidden / STATE_FILE, own)
+    (hidden / POSITION_FILE).write_text(json.dumps(state["position"], indent=2))
+    return [hidden / name for name in (*tensors, STATE_FILE, POSITION_FILE)]
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

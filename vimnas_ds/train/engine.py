@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,28 @@ class Engine:
             if keep:
                 found[name] = full.detach().float().cpu().contiguous()
         return found
+
+    def ema_weights(self, keep: bool) -> dict[str, torch.Tensor]:
+        """The moving average, as `weights` gives the masters. Collective. Raises KeyError where
+        none is kept (vimnas.ema is null)."""
+        wholes = self.optimizer.whole("ema")
+        return {name: full.cpu() for name, full in wholes if keep}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the network computes with its moving average; after it, with its own weights, to
+        the bit. Masters are not touched. Collective; needs room for the weights once more."""
+        parameters, own = dict(self.net.named_parameters()), {}
+        try:
+            with torch.no_grad():
+                for name, full in self.optimizer.whole("ema"):
+                    own[name] = parameters[name].clone()
+                    parameters[name].copy_(full)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weights in own.items():
+                    parameters[name].copy_(weights)
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:

@@ -78,6 +78,8 @@ class Trainer:
         if checkpoint is None:
             warm_report = run_together(lambda: start_weights(net, config), ranks)
         self.engine = build_engine(config, ranks, net)
+        if section.ema is not None:
+            self.engine.optimizer.start_ema(section.ema.decay)
         space = section.search_space
         self.learner = AlphaLearner(space, section.alpha, section.seed, ranks)
         self.learns_alphas = section.alpha.enabled and space.size() > 1
@@ -100,7 +102,8 @@ class Trainer:
         labels = {name: catalog.class_names for name, catalog in data.catalogs.items()}
         claim_folder(self.files, config, labels, ranks, checkpoint is None)  # the run has begun
         is_image = {name: d.is_image for name, d in section.data.datasets.items()}
-        self.drawer = Drawer(self.schedule, space, is_image, section.seed, position)
+        sandwich = section.sandwich.random if section.sandwich is not None else None
+        self.drawer = Drawer(self.schedule, space, is_image, section.seed, position, sandwich)
         self.loaders = Loaders(data, section.seed, ranks.rank, ranks.world_size, ranks.device)
         self.stepper = WeightStepper(config, self.engine, self.loaders, ranks)
         self.evaluator = Evaluator(
@@ -139,7 +142,8 @@ class Trainer:
             self.meters.add(name, result.loss, result.correct, result.count)
         self._guard(context)
         self.drawer.advance(context)
-        self.choices.add(context.archs[0])
+        for arch in context.random_archs:
+            self.choices.add(arch)
         waited = result.waited
         if self.learns_alphas and context.step % self.section.alpha.every == 0:
             waited += self._alpha_step(context)
@@ -287,18 +291,25 @@ class Trainer:
             net.train()
 
     def evaluate(self, done: int) -> bool:
-        """Every fixed sub-network on the `select` split of every dataset drawn so far; whether
-        this is the best step so far (and such are kept)."""
-        parts, means = [], {}
-        for dataset in self.section.data.datasets:
-            if dataset not in self.drawer.position.consumed:
-                continue
-            scores = self.scores(self.subnets(), dataset, "select")
+        """Every fixed sub-network on the `select` split of every dataset drawn so far; the first of
+        them also with the averaged weights, where there are any. Whether this is the best step so
+        far (and such are kept)."""
+        archs, parts = self.subnets(), []
+        drawn = [d for d in self.section.data.datasets if d in self.drawer.position.consumed]
+        found = {dataset: self.scores(archs, dataset, "select") for dataset in drawn}
+        means = {
+            d: statistics.fmean(s.top1 for s in scores.values()) for d, scores in found.items()
+        }
+        if self.section.ema is not None:
+            label, arch = next(iter(archs.items()))
+            with self.engine.averaged():
+                for dataset, scores in found.items():
+                    scores |= self.scores({f"{label}_ema": arch}, dataset, "select")
+        for dataset, scores in found.items():
             for label, s in scores.items():
                 self.board.evaluation(done, dataset, label, s.loss, s.top1, s.top5)
             shown = (f"{k} {s.top1:.1%}" for k, s in scores.items() if "fixed" not in k)
             parts.append(f"{dataset} {' '.join(shown)}")
-            means[dataset] = statistics.fmean(s.top1 for s in scores.values())
         self.console.say(f"select at step {done}: " + "; ".join(parts))
         return self.best.improves(done, means) and self.section.checkpoint.keep_best
 
@@ -389,6 +400,8 @@ class Trainer:
             "qk_norm": section.model.qk_norm,
             "layer_scale": section.model.layer_scale,
             "schedule": section.schedule.model_dump(mode="json"),
+            "sandwich": section.sandwich and section.sandwich.model_dump(mode="json"),
+            "ema": section.ema is not None,
         }
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
-"""The loss of one step: mixup and CutMix per dataset (timm's), soft or smoothed targets.
+"""The loss of one step: mixup and CutMix per dataset (timm's), soft or smoothed targets; in-place
+distillation for the smaller sub-networks of a sandwich.
 
 timm mixes 4-D batches and draws from numpy's global generator. Clips are folded to 4-D, frames
 into channels, so that CutMix cuts height and width and a clip is cut alike in all its frames; the
@@ -7,10 +8,14 @@ generator is seeded for each (seed, step, rank), so a resumed run mixes alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vimnas_ds.config import DatasetSection
 from vimnas_ds.seeds import derive_seed
@@ -47,6 +52,19 @@ class Objective:
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss over the batch, in float32."""
         return self._loss(logits.float(), targets)
+
+    def sandwich_losses(self, logits: Sequence[Tensor], targets: Tensor, distill: bool) -> Tensor:
+        """(S,): the first sub-network's loss on the targets, and of each other one its loss on the
+        first's predictions or, without `distill`, on the targets."""
+        first, *others = logits
+        rest = [distillation_loss(o, first) if distill else self.loss(o, targets) for o in others]
+        return torch.stack([self.loss(first, targets), *rest])
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Mean cross-entropy (B, classes) against the teacher's softmax, in float32 (US-Nets). The
+    teacher's logits are constants."""
+    return F.cross_entropy(logits.float(), teacher.detach().float().softmax(-1))
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,26 +10,29 @@ grid has one history; see `vimnas_ds.layout`):
 
 the arithmetic, and its order, of `torch.optim.AdamW` (single tensor): the tests compare bits with
 the reference, and the compiled `sliced_adamw_` (csrc/adamw.cpp), which updates all rectangles of a
-partition in one pass, within rounding.
+partition in one pass, within rounding. A moving average of the weights, where one is kept, moves in
+the same step on the same rectangles (`vimnas_ds.ops.ema`).
 Cost: 28 bytes moved per active element; counts are the same on all ranks, a few thousand numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vimnas_ds.layout import Activation, ParamGrids
 from vimnas_ds.ops._extension import usable
 from vimnas_ds.ops.adamw import Rates, sliced_adamw_, sliced_adamw_ref_
 from vimnas_ds.ops.boxes import as_rows, boxes_in_range, merge_cells
+from vimnas_ds.ops.ema import ema_share, sliced_ema_
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class SampledAdamW(torch.optim.Optimizer):
         defaults = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0}
         super().__init__(groups, defaults)
         self.grids, self.fused = grids, fused
+        self.ema_decay: float | None = None
         #: updates of every cell, by parameter name
         self.counts = {n: np.zeros(len(g), dtype=np.int64) for n, g in grids.grids.items()}
         #: this rank's pieces of every flat tensor, once bound
@@ -127,6 +131,13 @@ class SampledAdamW(torch.optim.Optimizer):
             "exp_avg": torch.zeros_like(flat.detach()),
             "exp_avg_sq": torch.zeros_like(flat.detach()),
         }
+
+    def start_ema(self, decay: float) -> None:
+        """Keep a moving average of the weights from now on, from what they are now; after binding,
+        before any checkpoint is loaded."""
+        self.ema_decay = decay
+        for flat in self._names:
+            self.state[flat]["ema"] = flat.detach().clone()
 
     # -- what is active ---------------------------------------------------------------------
 
@@ -193,33 +204,37 @@ class SampledAdamW(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], flat: Tensor) -> None:
         """All active rectangles of one flat tensor."""
         fused = usable(flat) and flat.dtype == torch.float32 if self.fused is None else self.fused
-        found = [self._rated_rows(group, fragment) for fragment in self.fragments[flat]]
-        if not found:
+        lr, betas, state = group["lr"], group["betas"], self.state[flat]
+        rows, rates = self._rated_rows(flat, partial(_bias_corrections, lr=lr, betas=betas))
+        if not len(rows):
             return
-        rows, rates = (np.concatenate(part) for part in zip(*found, strict=True))
-        state = self.state[flat]
         assert flat.grad is not None
         tensors = (flat.detach(), flat.grad, state["exp_avg"], state["exp_avg_sq"])
         update = sliced_adamw_ if fused else sliced_adamw_ref_
-        update(
-            tensors, rows, rates, group["lr"], group["weight_decay"], group["betas"], group["eps"]
-        )
+        update(tensors, rows, rates, lr, group["weight_decay"], betas, group["eps"])
+        if self.ema_decay is not None:
+            rows, shares = self._rated_rows(flat, partial(ema_share, decay=self.ema_decay))
+            sliced_ema_(state["ema"], flat.detach(), rows, shares)
 
     def _rated_rows(
-        self, group: dict[str, Any], fragment: Fragment
+        self, flat: Tensor, rate: Callable[[int], Rates | float]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The fragment's active rectangles (N, 4), and their rates (N, 2)."""
-        active = self.active_cells(fragment.name)
-        if active is None:
-            return np.empty((0, 4), dtype=np.int64), np.empty((0, 2))
-        lr, betas = group["lr"], group["betas"]
-        numbers: dict[Rates, int] = {}
-        pattern = tuple(
-            numbers.setdefault(_bias_corrections(n, lr, betas), len(numbers)) if on else None
-            for n, on in zip(self.counts[fragment.name].tolist(), active.tolist(), strict=True)
-        )
-        rows, which = self._rows(fragment, pattern)
-        return rows, np.array(list(numbers)).reshape(-1, 2)[which]
+        """The active rectangles (N, 4) of a flat tensor, and for each (N, ...) the `rate` of its
+        number of updates; neighbours of one rate are joined."""
+        all_rows, all_rates = [np.empty((0, 4), dtype=np.int64)], []
+        for fragment in self.fragments[flat]:
+            active = self.active_cells(fragment.name)
+            if active is None:
+                continue
+            numbers: dict[Rates | float, int] = {}
+            pattern = tuple(
+                numbers.setdefault(rate(n), len(numbers)) if on else None
+                for n, on in zip(self.counts[fragment.name].tolist(), active.tolist(), strict=True)
+            )
+            rows, which = self._rows(fragment, pattern)
+            all_rows.append(rows)
+            all_rates += [np.array(list(numbers))[which]]
+        return np.concatenate(all_rows), np.concatenate(all_rates or [np.empty(0)])
 
     # -- state ------------------------------------------------------------------------------
 
@@ -227,6 +242,24 @@ class SampledAdamW(torch.optim.Optimizer):
         """The cells' update counts, and the number of steps; the same on all ranks."""
         counts = {name: torch.from_numpy(count.copy()) for name, count in self.counts.items()}
         return counts, max(state["step"] for state in self.state.values())
+
+    def whole(self, key: str) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's name and elementwise state `key`, put together in its shape on the
+        device from the ranks that hold its parts; on all ranks. Collective: run it to its end."""
+        held = {
+            fragment.name: (fragment, self.state[flat][key])
+            for flat, fragments in self.fragments.items()
+            for fragment in fragments
+        }
+        for name, parameter in self._named:
+            full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+            if name in held:
+                f, state = held[name]
+                part = state.view(-1)[f.flat_start : f.flat_start + f.numel]
+                full[f.param_start : f.param_start + f.numel] = part
+            if dist.is_initialized():
+                dist.all_reduce(full)
+            yield name, full.view(parameter.shape)
 
     def forget(self) -> None:
         """Moments and counts as at the start."""

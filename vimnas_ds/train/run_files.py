@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 #: files of a checkpoint
 WEIGHTS_FILE = "supernet.safetensors"
+EMA_FILE = "ema.safetensors"  #: in runs with vimnas.ema
 ALPHAS_FILE = "alphas.safetensors"
 POSITION_FILE = "position.json"
 #: what a tool that needs no engine reads

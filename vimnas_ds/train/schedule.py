@@ -30,13 +30,18 @@ class StepContext:
     epoch: int
     dataset: str
     is_image: bool
-    archs: tuple[Arch, ...]
+    archs: tuple[Arch, ...]  #: one; by the sandwich rule largest, smallest, random ones
     batch_index: int  #: how many batches of this dataset were drawn before
 
     @property
     def activation(self) -> Activation:
         """What the step touches; everything else stays frozen."""
         return Activation(self.archs, self.dataset, self.is_image)
+
+    @property
+    def random_archs(self) -> tuple[Arch, ...]:
+        """Those drawn at random: all but a sandwich's two fixed ones."""
+        return self.archs[2:] if len(self.archs) > 1 else self.archs
 
     def fingerprint(self) -> int:
         """63 bits of (step, cursor, dataset, archs, batch), compared across ranks."""
@@ -140,7 +145,11 @@ class DataCursor:
 
 
 class Drawer:
-    """Draws step contexts. `advance` moves the cursor past a drawn batch, applied or not."""
+    """Draws step contexts. `advance` moves the cursor past a drawn batch, applied or not.
+
+    `sandwich`: how many random sub-networks join the space's largest and smallest in every step;
+    None: one random sub-network alone. A space of one member is drawn as that member.
+    """
 
     def __init__(
         self,
@@ -149,8 +158,9 @@ class Drawer:
         is_image: Mapping[str, bool],
         seed: int,
         cursor: DataCursor | None = None,
+        sandwich: int | None = None,
     ):
-        self.schedule, self.space, self.seed = schedule, space, seed
+        self.schedule, self.space, self.seed, self.sandwich = schedule, space, seed, sandwich
         self.is_image = dict(is_image)
         self.position = cursor or DataCursor()
 
@@ -165,7 +175,6 @@ class Drawer:
             rng = random.Random(f"{self.seed}/dataset/{now.cursor}")
             names = sorted(schedule.sizes)  # not in the order of the configuration's keys
             dataset = rng.choices(names, [schedule.sizes[n] for n in names])[0]
-        arch = self.space.sample(random.Random(f"{self.seed}/arch/{now.cursor}"))
         return StepContext(
             now.step,
             now.cursor,
@@ -173,9 +182,16 @@ class Drawer:
             schedule.epoch(now.step),
             dataset,
             self.is_image[dataset],
-            (arch,),
+            self._archs(now.cursor),
             now.consumed.get(dataset, 0),
         )
+
+    def _archs(self, cursor: int) -> tuple[Arch, ...]:
+        rng, space = random.Random(f"{self.seed}/arch/{cursor}"), self.space
+        if self.sandwich is None or space.size() == 1:
+            return (space.sample(rng),)
+        drawn = (space.sample(rng) for _ in range(self.sandwich))
+        return (space.largest(), space.smallest(), *drawn)
 
     def advance(self, context: StepContext) -> None:
         """Move past `context`'s batch and on to the next step."""

@@ -1,5 +1,7 @@
 """One weight step: fetch the drawn batch, agree, forward, backward, update the sampled blocks.
 
+By the sandwich rule the step has several sub-networks, of one forward and one backward of the
+engine: the *sum* of their losses, as US-Nets and NASViT add up their gradients.
 Used by training and by tuning between search decisions, so both do the same thing.
 """
 
@@ -22,7 +24,8 @@ from vimnas_ds.train.schedule import StepContext
 
 @dataclass(frozen=True)
 class StepResult:
-    """This rank's share of one step; the tensors stay on the device."""
+    """This rank's share of one step, of a sandwich its largest sub-network's; the tensors stay on
+    the device."""
 
     loss: Tensor  #: mean over the rank's samples, detached
     correct: Tensor  #: how many of them the network got right (before any mixing of labels)
@@ -38,6 +41,8 @@ class WeightStepper:
         self.config, self.engine, self.loaders, self.ranks = config, engine, loaders, ranks
         self._sections = config.vimnas.data.datasets
         self._objectives = {name: Objective(d) for name, d in self._sections.items()}
+        sandwich = config.vimnas.sandwich
+        self._distill = sandwich is not None and sandwich.distill
         #: the batch of the latest step as the network saw it before mixing: (x, y)
         self.latest: tuple[Tensor, Tensor] | None = None
 
@@ -49,12 +54,12 @@ class WeightStepper:
 
         Raises RanksDisagree before the forward pass if ranks drew different things.
         """
-        name, arch = context.dataset, context.archs[0]
+        name, archs = context.dataset, context.archs
         started = time.perf_counter()
         size, number = self.config.global_batch, context.batch_index
         batch = self.loaders.batch(name, "train", size, number)
         waited = time.perf_counter() - started
-        what = f"step {context.step}, {name}, {arch}"
+        what = f"step {context.step}, {name}, {', '.join(map(str, archs))}"
         wishes = check_agreement(context.fingerprint(), what, self.ranks, wish)
         # drop path and mixup depend on (seed, cursor, rank) alone, so a resumed run repeats them
         seed = derive_seed("step", self.config.vimnas.seed, context.cursor, self.ranks.rank)
@@ -66,9 +71,14 @@ class WeightStepper:
         self.latest = (x[shown].float().clone(), y[shown]) if keep_batch else None
         objective = self._objectives[name]
         x, targets = objective.mix(x, y, seed)
-        logits = self.engine.deepspeed(x, arch, name)
-        loss = objective.loss(logits, targets)
+        if len(archs) == 1:
+            logits = self.engine.deepspeed(x, archs[0], name)
+            loss = total = objective.loss(logits, targets)
+        else:
+            logits, *others = self.engine.deepspeed(x, archs, name)
+            losses = objective.sandwich_losses([logits, *others], targets, self._distill)
+            loss, total = losses[0], losses.sum()
         decay = self._sections[name].weight_decay
         self.engine.optimizer.activate(context.activation, lr, decay)
-        self.engine.weight_step(loss)
+        self.engine.weight_step(total)
         return StepResult(loss.detach(), count_correct(logits, y), len(y), waited, wishes)
