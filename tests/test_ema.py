@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from scripts.ranking import check, parse
 from tests.small import small_config
 from vimnas_ds.config import ConfigError, parse_config
+from vimnas_ds.manifest import FileEntry, write_manifest
 from vimnas_ds.ops.ema import ema_share
 from vimnas_ds.search.run import open_network
 from vimnas_ds.train.engine import build_supernet
@@ -30,6 +31,7 @@ def checkpoint(tmp_path):
     weights = {name: p.detach().clone() for name, p in net.named_parameters()}
     save_file(weights, folder / WEIGHTS_FILE)
     save_file({name: w + 1 for name, w in weights.items()}, folder / EMA_FILE)
+    write_manifest(folder, {p.name: FileEntry.of(p) for p in folder.iterdir()}, {})
     return folder
 
 
