@@ -21,7 +21,7 @@ def prepare(root: Path) -> Path:
     section["model"] = {"drop_path": 0.2, "qk_norm": True, "layer_scale": 0.5}
     section["data"]["index_dir"] = str(root / "indexes")
     section["schedule"] = {"epochs": 3, "warmup": 2, "warmup_unit": "steps"}
-    section["alpha"] = {"every": 1}
+    section["alpha"], section["ema"] = {"every": 1}, {"decay": 0.9}
     section["log"] = {"every": 3, "images_every": 10, "eval_every": 14, "eval_subnets": 1}
     section["checkpoint"] = {"every": RESUME_AT, "keep": 9}
     for name, data in section["data"]["datasets"].items():

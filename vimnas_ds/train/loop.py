@@ -400,7 +400,6 @@ class Trainer:
             "qk_norm": section.model.qk_norm,
             "layer_scale": section.model.layer_scale,
             "schedule": section.schedule.model_dump(mode="json"),
-            "sandwich": section.sandwich and section.sandwich.model_dump(mode="json"),
             "ema": section.ema is not None,
         }
 
