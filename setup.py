@@ -41,6 +41,7 @@ setup(
         "matplotlib>=3.11.2,<4",
         "tqdm>=4.66,<5",
         "pyarrow>=26,<27",
+        "psutil>=7.2,<8",
     ],
     extras_require={
         "dev": ["pytest>=9.2,<10", "ruff==0.17.6", "mypy==2.4.1"],

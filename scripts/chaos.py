@@ -45,8 +45,8 @@ ANYWHERE = "anywhere"  #: struck by this process, at any time
 MOMENTS = ("save", "weight step", "evaluation", "alpha step", STARTING, "save", ANYWHERE, LAST)
 VICTIMS = ("rank", "all", "launcher", "runner")
 #: whether ranks end by themselves once the launcher or the runner is gone
-RANKS_WATCH = False
-PATIENCE = 20.0 if RANKS_WATCH else 2.0  #: s that they get for it
+RANKS_WATCH = True
+PATIENCE = 30.0 if RANKS_WATCH else 2.0  #: s that they get for it
 LAUNCHING = 2.0  #: s before a rank's first line of code
 ENDING = 45.0  #: s that the launcher gets to end the others after the death of a rank
 LIMIT = 240.0  #: s that one life may take

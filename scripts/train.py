@@ -9,14 +9,16 @@ r"""Train the supernet: Algorithm 1 of VIM-NAS on the data and recipe of one con
 
 Writes under vimnas.output_dir: train.log, tensorboard/, checkpoints/, summary.json. The demo takes
 about five minutes on two CPU cores; the reference runs' costs stand in their files.
-Exit codes: 0 done, 2 the configuration or the data cannot run (said before any work), 3 the run
-stopped itself (non-finite steps, broken data, a checkpoint that cannot be written).
+Exit codes of every rank: 0 done; 1 an unexpected error, or a rank that died or got stuck; 2 the
+configuration or the data cannot run (said before any work); 3 the run stopped itself (non-finite
+steps, broken data, ranks that disagree, a full disk); 75 pre-empted (SIGTERM, Ctrl-C, a launcher
+that is gone): saved, --resume continues. A launcher may make another code of it: status.json in
+vimnas.output_dir says how a run ended.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 import time
@@ -37,6 +39,8 @@ from vimnas_ds.train.ranks import (
     settle_on_cpu,
     start_ranks,
 )
+from vimnas_ds.train.status import Exit
+from vimnas_ds.train.watch import Watch
 
 if TYPE_CHECKING:
     from vimnas_ds.train.loop import Trainer
@@ -88,21 +92,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     rank = os.environ.get("RANK", "0")
+    watch = Watch()
     try:
         if args.dry_run:
             from vimnas_ds.train.dry_run import describe_run
 
             if rank == "0":
                 print(describe_run(configure(args), int(os.environ.get("WORLD_SIZE", "1"))))
-            return 0
-        trainer = prepare(args)
+            return Exit.DONE
+        watch.start()
+        trainer = prepare(args, watch)
     except (ConfigError, DataMissing, BadAnnotations, CannotStart, RanksDisagree, OSError) as err:
         if rank == "0":  # it knows what the others cannot start with
             print(f"cannot start:\n{err}", file=sys.stderr)
+        watch.leave(Exit.CANNOT_START)
         if dist.is_initialized():
             dist.destroy_process_group()
-        return 2
-    return run(trainer, rank)
+        return Exit.CANNOT_START
+    except Exception as err:
+        watch.fail(err)
+    return run(trainer, watch)
 
 
 def configure(args: argparse.Namespace) -> RunConfig:
@@ -118,12 +127,13 @@ def configure(args: argparse.Namespace) -> RunConfig:
     return load_config(args.deepspeed_config, overrides)
 
 
-def prepare(args: argparse.Namespace) -> Trainer:
+def prepare(args: argparse.Namespace, watch: Watch) -> Trainer:
     """Check, with all ranks, what can be checked before any work, then set the run up."""
     from vimnas_ds.train.loop import Trainer
     from vimnas_ds.train.run_files import RunFiles, choose_start
 
     ranks = start_ranks()
+    watch.join(ranks)
 
     def check() -> RunConfig:
         config = configure(args)
@@ -132,6 +142,7 @@ def prepare(args: argparse.Namespace) -> Trainer:
         return config
 
     config = run_together(check, ranks)
+    watch.set_limits(config.vimnas.faults)
     files = RunFiles(config.vimnas.output_dir)
     found = rank_zero_decides(
         lambda: str(choose_start(files, args.resume, args.overwrite) or ""), ranks
@@ -139,27 +150,31 @@ def prepare(args: argparse.Namespace) -> Trainer:
     start = Path(found) if found else None
     data = open_data(config.vimnas.data, ranks, Path(args.deepspeed_config))
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
-    trainer = Trainer(config, data, ranks, start)
+    trainer = Trainer(config, data, ranks, start, watch)
     trainer.console.say(f"ready {time.time() - STARTED:.1f} s after the process started")
     return trainer
 
 
-def run(trainer: Trainer, rank: str) -> int:
-    """Train; a run that stops itself says why, on the rank that knows, and exits with 3."""
+def run(trainer: Trainer, watch: Watch) -> int:
+    """Train; how it ends is said on stderr by the rank that knows, and in the run's files."""
     from vimnas_ds.train.checkpoint import SaveFailed
-    from vimnas_ds.train.loop import TooManySkippedSteps
+    from vimnas_ds.train.loop import Preempted, TooManySkippedSteps
 
+    text, code = "done", Exit.DONE
     try:
         trainer.run()
+    except Preempted as end:
+        text, code = str(end), Exit.RESUMABLE
     except (TooManySkippedSteps, DataMissing, TooManyBadFiles, RanksDisagree, SaveFailed) as err:
-        print(f"rank {rank} stopped: {err}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):  # the disk may be the reason
-            trainer.console.say(f"stopped: {err}")
-        return 3
-    finally:
-        trainer.close()
-        dist.destroy_process_group()
-    return 0
+        watch.fail(err, Exit.STOPPED)
+    except BaseException as err:
+        watch.fail(err)
+    watch.leave(code)
+    if trainer.ranks.is_main:
+        trainer.last_words(text, code)
+    trainer.close()
+    dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

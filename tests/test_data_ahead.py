@@ -29,7 +29,7 @@ from tests.media import encode, numbered, section
 from tests.small import small_config
 from vimnas_ds.config import DataSection, parse_config
 from vimnas_ds.data import prepare
-from vimnas_ds.data.ahead import Ahead, Wanted
+from vimnas_ds.data.ahead import Ahead, GivenUp, Wanted
 from vimnas_ds.data.bad import BadFile, BlockedFiles, TooManyBadFiles
 from vimnas_ds.data.batches import Batch
 from vimnas_ds.data.capacity import Capacity, plan_capacity
@@ -295,6 +295,19 @@ def test_a_file_that_turns_bad_is_replaced_by_the_next_and_counted_by_reason(
 
 
 # -- files that block -------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_come_is_given_up_when_asked_to() -> None:
+    def plan() -> Iterator[Wanted]:
+        ended.wait()
+        yield from ()
+
+    ended, answers = threading.Event(), iter([False, True])
+    ahead = Ahead(plan(), lambda name, split: pytest.fail("no loader"), 1, 1)
+    with pytest.raises(GivenUp, match="number=3"):
+        ahead.take(Wanted("k400", "train", 3), lambda: next(answers))
+    ended.set()
+    ahead.close()
 
 
 class Blocking:

@@ -19,7 +19,8 @@ from vimnas_ds.data.joint import JointData, Loaders
 from vimnas_ds.train import faults
 from vimnas_ds.train.evaluate import Evaluator
 from vimnas_ds.train.faults import FaultReport
-from vimnas_ds.train.ranks import Ranks
+from vimnas_ds.train.ranks import Ranks, StopAsked
+from vimnas_ds.train.status import Exit
 
 CPU = torch.device("cpu")
 
@@ -54,21 +55,30 @@ def test_an_evaluation_leaves_out_as_many_files_as_allowed_and_no_more(tmp_path:
         score(evaluator(tmp_path, 0.05))
 
 
-def test_a_folder_that_is_gone_at_an_evaluation_ends_training_in_words(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("scripts.train.dist.destroy_process_group", lambda: None)
-    said: list[str] = []
+def test_an_evaluation_is_given_up_between_batches_and_its_split_read_anew(tmp_path: Path) -> None:
+    one = evaluator(tmp_path, 0.2)
+    one._room = 2**20  # decoded batches are kept, if all of them are there
+    answers = iter([False, True])
+    one.give_up = lambda: next(answers)
+    forwards = {"net": lambda x: torch.zeros(len(x), 8)}
+    with pytest.raises(StopAsked):
+        one.scores(forwards, "toy", "select")
+    one.give_up = lambda: False
+    assert one.scores(forwards, "toy", "select")["net"].count == 54
+    one.loaders.close()
 
+
+def test_a_folder_that_is_gone_at_an_evaluation_ends_training_in_words() -> None:
     def train() -> None:
         raise DataMissing("toy: no file of the select split could be read")
 
-    trainer: Any = SimpleNamespace(
-        run=train, close=lambda: None, console=SimpleNamespace(say=said.append)
-    )
-    assert run(trainer, "1") == 3
-    assert said == ["stopped: toy: no file of the select split could be read"]
-    assert capsys.readouterr().err.startswith("rank 1 stopped: toy: no file of the select")
+    def fail(error: BaseException, code: Exit) -> None:
+        raise SystemExit(f"{code:d} {error}")
+
+    trainer: Any = SimpleNamespace(run=train)
+    watch: Any = SimpleNamespace(fail=fail)
+    with pytest.raises(SystemExit, match="3 toy: no file of the select split could be read"):
+        run(trainer, watch)
 
 
 def test_counts_go_on_where_the_checkpoint_left_them_and_new_files_are_named(

@@ -316,6 +316,19 @@ def test_on_a_terminal_a_bar_follows_the_lines(
     assert len((tmp_path / "train.log").read_text().splitlines()) == 2
 
 
+def test_a_reader_that_is_gone_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr("sys.stdout", os.fdopen(writer, "w"))
+    console = Console(100, 0, tmp_path / "log.txt", True)
+    console.say("one")
+    console.say("two")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["one", "two"]
+
+
 def test_eta_leaves_out_the_first_interval_and_follows_a_change_of_pace() -> None:
     timer = StepTimer(1000, decay=0.9)
     assert timer.eta(500, 9999.0) is None  # resumed: whatever came before does not count

@@ -395,6 +395,25 @@ class CheckpointSection(Section):
     )
 
 
+class FaultsSection(Section):
+    """How long a training waits before it ends itself, on all ranks."""
+
+    stuck_minutes: Positive = Field(
+        10.0,
+        le=60,
+        description="A rank that gets nowhere for so long while the others wait for it is stuck "
+        "(three times as long in a save); it is named and the run ends",
+    )
+    silent_seconds: Annotated[float, Field(ge=10)] = Field(
+        60.0, description="A rank that is not heard of for so long counts as dead"
+    )
+    grace_seconds: Positive = Field(
+        25.0,
+        description="Time to save and leave after SIGTERM, or without a launcher; launchers kill "
+        "30 s after SIGTERM",
+    )
+
+
 class ArchSection(Section):
     """One sub-network of the space, spelled as in arch.json."""
 
@@ -435,6 +454,7 @@ class VimnasSection(Section):
     checkpoint: CheckpointSection = Field(
         CheckpointSection(), description=CheckpointSection.__doc__
     )
+    faults: FaultsSection = Field(FaultsSection(), description=FaultsSection.__doc__)
 
     @model_validator(mode="after")
     def _consistent(self) -> VimnasSection:

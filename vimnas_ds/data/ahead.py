@@ -37,6 +37,10 @@ class Wanted(NamedTuple):
     number: int
 
 
+class GivenUp(Exception):
+    """A batch that is not waited for any longer."""
+
+
 class Ahead:
     """Follows a plan; `take` gives its batches one by one.
 
@@ -69,16 +73,19 @@ class Ahead:
         """Finished batches that wait to be taken."""
         return len(self._made)
 
-    def take(self, wanted: Wanted) -> Batch:
+    def take(self, wanted: Wanted, give_up: Callable[[], bool] = lambda: False) -> Batch:
         """The plan's next batch, which must be `wanted`.
 
         Raises:
+            GivenUp: it was not there when `give_up` became true.
             TooManyBadFiles: its dataset has too many unusable files.
             ValueError: it is not what the plan has next, or the plan has ended.
             Anything else that happened while the batch was made.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._made or self._ended)
+            while not self._changed.wait_for(lambda: self._made or self._ended, GLANCE):
+                if give_up():
+                    raise GivenUp(f"{wanted} is not there yet")
             if not self._made:
                 if self._error is not None:
                     raise self._error

@@ -122,6 +122,8 @@ class Loaders:
         self._training: dict[tuple[str, str], TrainLoader] = {}
         self._evaluated: dict[tuple[str, str], int] = {}  # bytes of a decoded sample
         self._ahead: Ahead | None = None
+        #: asked while a planned batch is waited for; see `Ahead.take`
+        self.give_up: Callable[[], bool] = lambda: False
 
     def follow(self, plan: Iterable[Wanted], global_batches: Mapping[str, int]) -> Capacity:
         """From now on makes the batches of `plan` ahead; `batch` must ask for them in its order.
@@ -152,7 +154,7 @@ class Loaders:
         """Batch `number` of a dataset's `train` or `alpha` split: made ahead if a plan is followed,
         else now. Errors as `TrainLoader.next` and `Ahead.take`."""
         if self._ahead is not None:
-            return self._ahead.take(Wanted(name, split, number))
+            return self._ahead.take(Wanted(name, split, number), self.give_up)
         loader = self.training(name, split, global_batch)
         loader.seek(number)
         return loader.next()

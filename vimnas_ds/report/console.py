@@ -11,6 +11,7 @@ line is left out, for it holds compilation and the first decoding.
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -132,11 +133,14 @@ class Console:
         text, only_in_file = (
             part.encode("utf-8", "backslashreplace").decode() for part in (text, only_in_file)
         )
-        if self._bar is not None:
-            tqdm.write(text, file=sys.stdout)
-        else:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+        try:
+            if self._bar is not None:
+                tqdm.write(text, file=sys.stdout)
+            else:
+                sys.stdout.write(text + "\n")
+                sys.stdout.flush()
+        except OSError:  # the terminal or the reader is gone: that must not end a run
+            sys.stdout = Path(os.devnull).open("w")
         stamp = datetime.now().astimezone().isoformat(timespec="seconds")
         with self._log_path.open("a", encoding="utf-8") as file:
             file.writelines(

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from vimnas_ds.data.bad import DataMissing, TooManyBadFiles, are_too_many
 from vimnas_ds.data.joint import Loaders
 from vimnas_ds.data.loader import Batch, EvalLoader
-from vimnas_ds.train.ranks import Ranks, sum_over_ranks
+from vimnas_ds.train.ranks import Ranks, StopAsked, sum_over_ranks
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -60,6 +60,9 @@ class Evaluator:
         self._room = cache_mb * 2**20
         self._kept: dict[tuple[str, str], list[Batch]] = {}
         self.files: tuple[str, ...] = ()  #: of the batch whose logits are being asked for
+        #: asked before every batch of `scores`
+        self.give_up: Callable[[], bool] = lambda: False
+        self._cut_short = False
         self.skipped: dict[str, dict[str, str]] = {}  #: dataset -> unusable file -> reason
 
     def _batches(self, dataset: str, split: str) -> Iterator[Batch]:
@@ -111,7 +114,11 @@ class Evaluator:
     ) -> dict[str, Outcomes]:
         columns: dict[str, list[Tensor]] = {label: [] for label in forwards}
         names: tuple[str, ...] = ()
+        self._cut_short = False
         for batch in self._batches(dataset, split):
+            if self.give_up():
+                self._cut_short = True
+                break
             x, y = batch.x.to(self.ranks.device, self.dtype), batch.y.to(self.ranks.device)
             self.files = batch.names
             names += batch.names
@@ -132,21 +139,24 @@ class Evaluator:
         """Scores over all ranks' samples (each rank having its share); equal on every rank.
 
         Raises DataMissing when no rank could read a file of the split, TooManyBadFiles when this
-        one had to leave out more than `vimnas.data.max_bad_share`.
+        one had to leave out more than `vimnas.data.max_bad_share`; StopAsked, on all ranks, when
+        one of them gave up.
         """
         found = self._outcomes(forwards, dataset, split)
         sums = torch.tensor(
             [
-                [float(o.top1.sum()), float(o.top5.sum()), float(o.loss.sum()), len(o.loss)]
+                [*(float(v.sum()) for v in (o.top1, o.top5, o.loss)), len(o.loss), self._cut_short]
                 for o in found.values()
             ],
             dtype=torch.float64,
             device=self.ranks.device,
         )
         rows = sum_over_ranks(sums, self.ranks).tolist()
+        if rows[0][4]:
+            raise StopAsked
         if not rows[0][3]:
             raise DataMissing(f"{dataset}: no file of the {split} split could be read")
         return {
             label: Score(top1 / n, top5 / n, loss / n, int(n))
-            for label, (top1, top5, loss, n) in zip(found, rows, strict=True)
+            for label, (top1, top5, loss, n, _) in zip(found, rows, strict=True)
         }

@@ -38,11 +38,13 @@ from vimnas_ds.train.evaluate import Evaluator, Score
 from vimnas_ds.train.faults import FaultReport
 from vimnas_ds.train.meters import ChoiceCounts, Interval, Meters
 from vimnas_ds.train.plan import coming_batches
-from vimnas_ds.train.ranks import Ranks, Wish, check_agreement, run_together
+from vimnas_ds.train.ranks import Ranks, StopAsked, Wish, check_agreement, run_together
 from vimnas_ds.train.run_files import RunFiles, check_same_network, claim_folder
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
+from vimnas_ds.train.status import Exit, Status
 from vimnas_ds.train.step import WeightStepper
 from vimnas_ds.train.summary import write_summary
+from vimnas_ds.train.watch import Watch
 
 
 class TooManySkippedSteps(RuntimeError):
@@ -57,6 +59,10 @@ class StepSummary(NamedTuple):
     wishes: Wish
 
 
+class Preempted(Exception):
+    """The run was asked to stop and has saved where it was; the message says why and where."""
+
+
 class Trainer:
     """One run on this rank; `run` trains to the end. `checkpoint`: where to resume from."""
 
@@ -66,7 +72,9 @@ class Trainer:
         data: JointData,
         ranks: Ranks,
         checkpoint: Path | None = None,
+        watch: Watch | None = None,
     ):
+        self.watch = watch or Watch()
         section = config.vimnas
         self.config, self.section, self.data, self.ranks = config, section, data, ranks
         check_agreement(data.fingerprint(), "the lists of data files", ranks)
@@ -87,6 +95,8 @@ class Trainer:
         self.meters = Meters(list(section.data.datasets), ranks)
         self.skipped = self.skipped_in_a_row = 0
         self.best = Best()
+        self._saved: int | None = None  # the step whose checkpoint is the latest
+        self._owes_evaluation = False  # one that was broken off, or is under way
         self._faults_before: dict[str, Any] | None = None
         self._unseen = set(section.data.datasets)  # datasets whose batch is still to be pictured
         self._alpha_losses: dict[str, torch.Tensor] = {}  # of each dataset since the last line
@@ -105,7 +115,9 @@ class Trainer:
         sandwich = section.sandwich.random if section.sandwich is not None else None
         self.drawer = Drawer(self.schedule, space, is_image, section.seed, position, sandwich)
         self.loaders = Loaders(data, section.seed, ranks.rank, ranks.world_size, ranks.device)
+        self.loaders.give_up = self.watch.stop_asked
         self.stepper = WeightStepper(config, self.engine, self.loaders, ranks)
+        self.stepper.at = self.watch.at
         self.evaluator = Evaluator(
             self.loaders,
             ranks,
@@ -113,12 +125,14 @@ class Trainer:
             section.log.eval_batch,
             section.data.cache_mb,
         )
+        self.evaluator.give_up = self._ends_evaluation
         self.board = Board(self.files.tensorboard, position.step + 1, ranks.is_main)
         total = self.schedule.total_steps
         self.console = Console(total, position.step, self.files.log, ranks.is_main)
         self.faults = FaultReport(
             self.loaders, self.evaluator, self.console, self.board, self._faults_before
         )
+        self.status = Status(self.files.status, self.watch.launchers.resuming())
         for line in warm_report:
             self.console.say(line)
         self._saved_at = time.monotonic()
@@ -157,6 +171,7 @@ class Trainer:
 
     def _alpha_step(self, context: StepContext) -> float:
         name = context.dataset
+        self.watch.at("alpha", context.step + 1)
         number = self.drawer.next_alpha_batch(name)
         started = time.perf_counter()
         batch = self.loaders.batch(name, "alpha", self.config.alpha_batch, number)
@@ -193,7 +208,22 @@ class Trainer:
     # -- the run --------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step; returns the summary (also in summary.json)."""
+        """Train to the last step; returns the summary (also in summary.json).
+
+        Raises Preempted, with a checkpoint of the step reached, when the watch asks for a stop.
+        """
+        if self.ranks.is_main:
+            self.status.write(self.drawer.position.step, "under way")
+        self.watch.begin(self.last_words)
+        try:
+            return self._run()
+        except StopAsked as error:
+            done = self.drawer.position.step
+            if self._saved != done:
+                self.save(done)
+            raise Preempted(f"{self.watch.reason}: saved and stopped after step {done}") from error
+
+    def _run(self) -> dict[str, Any]:
         section, total = self.section, self.schedule.total_steps
         log = section.log
         for line in self.data.describe():
@@ -204,6 +234,9 @@ class Trainer:
             f"{self.ranks.device.type}"
         )
         self.console.say(str(self._read_ahead()))
+        if self._owes_evaluation:
+            self.evaluate(self.drawer.position.step)
+            self.save(self.drawer.position.step)
         interval = Interval(self.config.global_batch)
         while (step := self.drawer.position.step) < total:
             context = self.drawer.draw()
@@ -294,6 +327,8 @@ class Trainer:
         """Every fixed sub-network on the `select` split of every dataset drawn so far; the first of
         them also with the averaged weights, where there are any. Whether this is the best step so
         far (and such are kept)."""
+        self.watch.at("evaluate", done)
+        self._owes_evaluation = True
         archs, parts = self.subnets(), []
         drawn = [d for d in self.section.data.datasets if d in self.drawer.position.consumed]
         found = {dataset: self.scores(archs, dataset, "select") for dataset in drawn}
@@ -305,6 +340,7 @@ class Trainer:
             with self.engine.averaged():
                 for dataset, scores in found.items():
                     scores |= self.scores({f"{label}_ema": arch}, dataset, "select")
+        self._owes_evaluation = False
         for dataset, scores in found.items():
             for label, s in scores.items():
                 self.board.evaluation(done, dataset, label, s.loss, s.top1, s.top5)
@@ -313,9 +349,14 @@ class Trainer:
         self.console.say(f"select at step {done}: " + "; ".join(parts))
         return self.best.improves(done, means) and self.section.checkpoint.keep_best
 
+    def _ends_evaluation(self) -> bool:
+        self.watch.go_on()
+        return self.watch.stop_asked()
+
     def summarise(self) -> dict[str, Any]:
         """Scores of largest and smallest on the test splits: read here, once, and nowhere else
         (with vimnas.log.test_at_end false not even here)."""
+        self.watch.at("summary", self.schedule.total_steps)
         picks = {k: a for k, a in self.subnets().items() if "fixed" not in k}
         names = self.section.data.datasets if self.section.log.test_at_end else ()
         scores = {name: self.scores(picks, name, "test") for name in names}
@@ -339,6 +380,7 @@ class Trainer:
     def save(self, done: int) -> Path:
         """A checkpoint after `done` steps, on all ranks. Raises SaveFailed, on all of them."""
         started = time.monotonic()
+        self.watch.at("save", done)
         self.faults.collect(done)
         self.board.flush()  # a resumed run writes no point of these steps again
         state = {
@@ -351,12 +393,13 @@ class Trainer:
             "best": self.best.state_dict(),
             "unseen": sorted(self._unseen),
             "alpha_losses": dict(self._alpha_losses),
+            "owes_evaluation": self._owes_evaluation,
             "identity": self._identity(),
         }
         root, keeping = self.files.checkpoints, self.section.checkpoint
         is_best = keeping.keep_best and self.best.step == done
         path = save_checkpoint(root, done, self.engine, state, self.ranks, keeping.keep, is_best)
-        self._saved_at = time.monotonic()
+        self._saved, self._saved_at = done, time.monotonic()
         if self.ranks.is_main:
             size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
             self.console.say(
@@ -385,6 +428,8 @@ class Trainer:
         self._alpha_losses = state["alpha_losses"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self._faults_before = state["faults"]
+        self._owes_evaluation = state["owes_evaluation"]
+        self._saved = None
         return DataCursor.from_state(state["position"])
 
     def _identity(self) -> dict[str, Any]:
@@ -402,6 +447,12 @@ class Trainer:
             "schedule": section.schedule.model_dump(mode="json"),
             "ema": section.ema is not None,
         }
+
+    def last_words(self, text: str, code: Exit) -> None:
+        """How the run ends, into its files; the watch's thread calls it when this one is stuck."""
+        self.status.write(self.drawer.position.step, text, code)
+        self.console.say(text)
+        self.board.close()
 
     def close(self) -> None:
         """Stop threads, flush files."""

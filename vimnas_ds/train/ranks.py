@@ -40,8 +40,9 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
-#: a search's ranks wait for one another's whole evaluations, a training's only for one step
-SEARCH_TIMEOUT, TRAINING_TIMEOUT = 24 * 60, 10
+#: minutes; a search's ranks wait for one another's whole evaluations, a training's for one step or
+#: one save, and long before that its watch ends it (vimnas.faults)
+SEARCH_TIMEOUT, TRAINING_TIMEOUT = 24 * 60, 4 * 60
 
 
 def start_ranks(timeout_minutes: float = TRAINING_TIMEOUT, engine: bool = True) -> Ranks:
@@ -149,7 +150,11 @@ class Wish(enum.IntFlag):
     """What one rank asks all ranks to do once the step that is under way is done."""
 
     SAVE = 1
-    STOP = 2  #: save, then end with a status that says: to be resumed
+    STOP = 2  #: leave the step out, save, and end with a status that says: to be resumed
+
+
+class StopAsked(Exception):
+    """All ranks know that one was asked to stop: raised on all of them at the same place."""
 
 
 class RanksDisagree(RuntimeError):

@@ -6,6 +6,7 @@ OUTPUT_DIR/train.log       every line of the console
 OUTPUT_DIR/tensorboard/    event files
 OUTPUT_DIR/checkpoints/    step00001234/ ..., latest, best
 OUTPUT_DIR/summary.json    results on the test splits
+OUTPUT_DIR/status.json     how the run stands, or ended; the command that resumes it
 OUTPUT_DIR/search_cache/   evaluations of the searches, by checkpoint
 """
 
@@ -75,6 +76,10 @@ class RunFiles:
         return self.root / "summary.json"
 
     @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
     def search_cache(self) -> Path:
         return self.root / "search_cache"
 
@@ -82,7 +87,7 @@ class RunFiles:
         """Delete an earlier run's files (these only, whatever else the folder holds)."""
         for folder in (self.tensorboard, self.checkpoints, self.search_cache):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.config, self.labels, self.log, self.summary):
+        for file in (self.config, self.labels, self.log, self.summary, self.status):
             file.unlink(missing_ok=True)
 
 

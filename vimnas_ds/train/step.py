@@ -8,17 +8,20 @@ Used by training and by tuning between search decisions, so both do the same thi
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vimnas_ds.config import RunConfig
+from vimnas_ds.data.ahead import GivenUp
 from vimnas_ds.data.joint import Loaders
 from vimnas_ds.seeds import derive_seed
 from vimnas_ds.train.engine import Engine
 from vimnas_ds.train.objective import Objective, count_correct
-from vimnas_ds.train.ranks import Ranks, check_agreement
+from vimnas_ds.train.ranks import Ranks, StopAsked, Wish, check_agreement
 from vimnas_ds.train.schedule import StepContext
 
 
@@ -45,6 +48,8 @@ class WeightStepper:
         self._distill = sandwich is not None and sandwich.distill
         #: the batch of the latest step as the network saw it before mixing: (x, y)
         self.latest: tuple[Tensor, Tensor] | None = None
+        #: told (activity, step counted from 1) what this rank begins with
+        self.at: Callable[[str, int], None] = lambda activity, step: None
 
     def step(
         self, context: StepContext, lr: float, keep_batch: bool = False, wish: int = 0
@@ -52,15 +57,24 @@ class WeightStepper:
         """One optimiser step on all ranks. `keep_batch` leaves a copy of its first samples
         in `latest`; `wish`: what this rank asks all to do after it (`ranks.Wish`).
 
-        Raises RanksDisagree before the forward pass if ranks drew different things.
+        Before the forward pass it raises RanksDisagree if ranks drew different things, and
+        StopAsked if one of them wishes to stop: nothing has changed then.
         """
         name, archs = context.dataset, context.archs
         started = time.perf_counter()
         size, number = self.config.global_batch, context.batch_index
-        batch = self.loaders.batch(name, "train", size, number)
+        self.at("data", context.step + 1)
+        with suppress(GivenUp):
+            batch = self.loaders.batch(name, "train", size, number)
+        if self.loaders.give_up():
+            wish |= Wish.STOP
         waited = time.perf_counter() - started
+        self.at("agree", context.step + 1)
         what = f"step {context.step}, {name}, {', '.join(map(str, archs))}"
         wishes = check_agreement(context.fingerprint(), what, self.ranks, wish)
+        if wishes & Wish.STOP:
+            raise StopAsked
+        self.at("step", context.step + 1)
         # drop path and mixup depend on (seed, cursor, rank) alone, so a resumed run repeats them
         seed = derive_seed("step", self.config.vimnas.seed, context.cursor, self.ranks.rank)
         torch.manual_seed(seed)
