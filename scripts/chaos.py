@@ -3,12 +3,12 @@ r"""Kill a run again and again, resume it, and prove that it did what an undistu
     python scripts/chaos.py --kills 20                    (fp32, then bf16: about 12 minutes)
     python scripts/chaos.py --kills 2 --dtype bf16 --seed 5
 
-On generated data, through the launcher on CPU ranks, for each dtype: one run undisturbed, then the
-same again, killed with SIGKILL --kills times and continued with --resume each time. Moments
-(start-up, weight step, alpha step, evaluation, save, after the last save, anywhere), steps and
-victims (one rank, the launcher, the runner, all) are drawn from --seed. A kill strikes after a
-share of the time that its moment usually takes; in a save also right before the n-th thing that the
-rank does to the file system.
+On generated data with some broken clips, through the launcher on CPU ranks, for each dtype: one run
+undisturbed, then the same again, killed with SIGKILL --kills times and continued with --resume each
+time. Moments (start-up, weight step, alpha step, evaluation, save, after the last save, anywhere),
+steps and victims (one rank, the launcher, the runner, all) are drawn from --seed. A kill strikes
+after a share of the time that its moment usually takes; in a save also right before the n-th thing
+that the rank does to the file system.
 
 Prints a table of kills and every difference between what the two runs left behind (checkpoints,
 TensorBoard, log, results: see vimnas_ds/report/same_run.py); the same in OUT/chaos.json. Exit code
@@ -35,7 +35,7 @@ from typing import Any
 
 from chaos_train import FOLDER, LAST, STARTING, Appointment
 from run_processes import find_processes, kill
-from small_run import launch, write_config
+from small_run import launch, spoil, write_config
 
 from vimnas_ds.report.same_run import differences
 from vimnas_ds.report.table import format_table
@@ -286,13 +286,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no run is left behind
-    config = write_config(args.out, PER_CLASS, **SECTION)
+    out = args.out.resolve()
+    config = write_config(out, PER_CLASS, **SECTION)
+    spoil(config, 16)
     report: dict[str, Any] = {"seed": args.seed, "kills": args.kills}
     for i, dtype in enumerate(args.dtype):
-        runs = Runs(args.out / dtype, config, dtype, args.ranks)
+        runs = Runs(out / dtype, config, dtype, args.ranks)
         rng = random.Random(f"{args.seed}/{dtype}")
         report[dtype] = disturb(runs, rng, args.kills, i * args.kills)
-    (args.out / "chaos.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "chaos.json").write_text(json.dumps(report, indent=1) + "\n")
     bad = sum(
         len(report[dtype][what]) for dtype in args.dtype for what in ("differences", "problems")
     )
