@@ -1,7 +1,7 @@
 r"""Kill a run again and again, resume it, and prove that it did what an undisturbed one did.
 
     python scripts/chaos.py --kills 20                    (fp32, then bf16: about 12 minutes)
-    python scripts/chaos.py --kills 2 --dtype bf16 --seed 5
+    python scripts/chaos.py --kills 2 --dtype bf16 --seed 5 --set vimnas.ema={}
 
 On generated data with some broken clips, through the launcher on CPU ranks, for each dtype: one run
 undisturbed, then the same again, killed with SIGKILL --kills times and continued with --resume each
@@ -116,6 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, help="for each dtype")
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as of scripts/train.py"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of moments, steps and victims")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"), help="data, runs, report")
     args = parser.parse_args(argv)
@@ -126,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     spoil(config, 16)
     report: dict[str, Any] = {"seed": args.seed, "kills": args.kills}
     for i, dtype in enumerate(args.dtype):
-        runs = Runs(out / dtype, config, dtype, args.ranks)
+        runs = Runs(out / dtype, config, dtype, args.ranks, args.set)
         rng = random.Random(f"{args.seed}/{dtype}")
         report[dtype] = disturb(runs, rng, args.kills, i * args.kills)
     (out / "chaos.json").write_text(json.dumps(report, indent=1) + "\n")

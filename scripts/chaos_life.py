@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class Runs:
     config: Path
     dtype: str
     ranks: int
+    settings: Sequence[str]  #: KEY=VALUE
 
     @property
     def lives(self) -> Path:
@@ -86,6 +88,7 @@ class Runs:
         folder.mkdir(parents=True)
         args = ["--deepspeed_config", str(self.config), "--set", f"vimnas.output_dir={run}"]
         args += ["--set", f"bf16.enabled={json.dumps(self.dtype == 'bf16')}"]
+        args += [word for setting in self.settings for word in ("--set", setting)]
         args += ["--resume"] if (run / "config.json").exists() else []
         if appointment is not None:
             appointment.write(folder)
