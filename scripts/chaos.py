@@ -1,14 +1,14 @@
 r"""Kill a run again and again, resume it, and prove that it did what an undisturbed one did.
 
     python scripts/chaos.py --kills 20                    (fp32, then bf16: about 12 minutes)
-    python scripts/chaos.py --kills 2 --dtype bf16 --seed 5
+    python scripts/chaos.py --kills 2 --dtype bf16 --seed 5 --set vimnas.ema={}
 
-On generated data, through the launcher on CPU ranks, for each dtype: one run undisturbed, then the
-same again, killed with SIGKILL --kills times and continued with --resume each time. Moments
-(start-up, weight step, alpha step, evaluation, save, after the last save, anywhere), steps and
-victims (one rank, the launcher, the runner, all) are drawn from --seed. A kill strikes after a
-share of the time that its moment usually takes; in a save also right before the n-th thing that the
-rank does to the file system.
+On generated data with some broken clips, through the launcher on CPU ranks, for each dtype: one run
+undisturbed, then the same again, killed with SIGKILL --kills times and continued with --resume each
+time. Moments (start-up, weight step, alpha step, evaluation, save, after the last save, anywhere),
+steps and victims (one rank, the launcher, the runner, all) are drawn from --seed. A kill strikes
+after a share of the time that its moment usually takes; in a save also right before the n-th thing
+that the rank does to the file system.
 
 Prints a table of kills and every difference between what the two runs left behind (checkpoints,
 TensorBoard, log, results: see vimnas_ds/report/same_run.py); the same in OUT/chaos.json. Exit code
@@ -19,37 +19,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from chaos_train import FOLDER, LAST, STARTING, Appointment
-from run_processes import find_processes, kill
-from small_run import launch, write_config
+from chaos_life import ANYWHERE, HEAD, Runs, latest
+from chaos_train import LAST, STARTING, Appointment
+from small_run import spoil, write_config
 
 from vimnas_ds.report.same_run import differences
 from vimnas_ds.report.table import format_table
-from vimnas_ds.train.run_files import newest_first
 
-ANYWHERE = "anywhere"  #: struck by this process, at any time
 MOMENTS = ("save", "weight step", "evaluation", "alpha step", STARTING, "save", ANYWHERE, LAST)
 VICTIMS = ("rank", "all", "launcher", "runner")
-#: whether ranks end by themselves once the launcher or the runner is gone
-RANKS_WATCH = True
-PATIENCE = 30.0 if RANKS_WATCH else 2.0  #: s that they get for it
-LAUNCHING = 2.0  #: s before a rank's first line of code
-ENDING = 45.0  #: s that the launcher gets to end the others after the death of a rank
-LIMIT = 240.0  #: s that one life may take
 PER_CLASS = 10  #: training files
 SECTION: dict[str, Any] = {
     "schedule": {"epochs": 6, "warmup": 4, "warmup_unit": "steps"},
@@ -58,160 +47,6 @@ SECTION: dict[str, Any] = {
     "log": {"every": 7, "images_every": 20, "eval_every": 10, "eval_subnets": 1},
     "checkpoint": {"every": 5, "keep": 3},
 }
-
-
-@dataclass
-class Life:
-    """What one launch of the run came to."""
-
-    number: int  #: 0: the undisturbed run
-    moment: str = "-"  #: at which it was killed
-    step: int = 0
-    victim: str = "-"
-    code: int = 0  #: the runner's exit code
-    began_at: int | None = None  #: the step; None: killed before it said so
-    latest: int = 0  #: step of the last checkpoint in the end, 0: there is none
-    cleaned: int = 0  #: processes that did not end by themselves
-    seconds: float = 0.0
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def row(self) -> list[str]:
-        began = "-" if self.began_at is None else str(self.began_at)
-        return [
-            str(self.number),
-            self.moment,
-            str(self.step),
-            self.victim,
-            began,
-            str(self.latest),
-            str(self.cleaned),
-            f"{self.seconds:.1f}",
-            "; ".join(self.problems) or "ok",
-        ]
-
-
-HEAD = ["life", "killed in", "step", "victim", "began at", "saved", "cleaned up", "s", ""]
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Two runs of one configuration: out/whole, and out/killed with its many lives."""
-
-    out: Path
-    config: Path
-    dtype: str
-    ranks: int
-
-    @property
-    def lives(self) -> Path:
-        return self.out / "lives"
-
-    def typical(self, rank: int) -> dict[str, tuple[float, int]]:
-        """moment -> (seconds, events in the file system), as the undisturbed run had them."""
-        found: dict[str, tuple[float, int]] = json.loads(
-            (self.lives / f"typical-{rank}.json").read_text()
-        )
-        return found
-
-    def live(self, number: int, appointment: Appointment | None = None) -> Life:
-        """Launch one of them and let it live, to its end or to the appointed one."""
-        run, folder = self.out / ("killed" if number else "whole"), self.lives / str(number)
-        folder.mkdir(parents=True)
-        args = ["--deepspeed_config", str(self.config), "--set", f"vimnas.output_dir={run}"]
-        args += ["--set", f"bf16.enabled={json.dumps(self.dtype == 'bf16')}"]
-        args += ["--resume"] if (run / "config.json").exists() else []
-        if appointment is not None:
-            appointment.write(folder)
-        life, before, started = Life(number), latest(run), time.monotonic()
-        mark = f"{run.resolve()}/{number}"
-        with (folder / "output.log").open("w") as output:
-            variables = {FOLDER: str(folder.resolve())}
-            runner = launch("chaos_train.py", args, self.ranks, mark, output, variables)
-            try:
-                self._watch(life, runner, folder, mark, appointment)
-            finally:
-                life.cleaned = kill(find_processes(mark))
-                life.code = runner.wait()
-        life.seconds, life.latest = time.monotonic() - started, latest(run)
-        self._judge(life, folder, before, appointment)
-        return life
-
-    def _watch(
-        self,
-        life: Life,
-        runner: subprocess.Popen[str],
-        folder: Path,
-        mark: str,
-        appointment: Appointment | None,
-    ) -> None:
-        """Until nothing of this life is left, or has had its time to go."""
-        deadline = time.monotonic() + LIMIT
-        strikes_at = math.inf
-        if appointment is not None and appointment.moment == ANYWHERE:
-            usual = self.typical(appointment.rank)[STARTING][0]
-            strikes_at = time.monotonic() + LAUNCHING + 1.5 * appointment.share * usual
-        while runner.poll() is None and not (folder / "death.json").exists():
-            if time.monotonic() > deadline:
-                life.problems.append(f"still there after {LIMIT:.0f} s")
-                return
-            if appointment is not None and time.monotonic() > strikes_at:
-                strike_from_outside(appointment, folder, mark)
-            time.sleep(0.05)
-        by_launcher = appointment is not None and appointment.victim == "rank"
-        deadline = time.monotonic() + (ENDING if by_launcher else PATIENCE)
-        while time.monotonic() < deadline and find_processes(mark):
-            runner.poll()
-            time.sleep(0.2)
-
-    def _judge(
-        self, life: Life, folder: Path, before: int, appointment: Appointment | None
-    ) -> None:
-        """Fill in what the life's files say, and what was wrong with it."""
-        output = (folder / "output.log").read_text(errors="replace")
-        if match := re.search(r"resumed from \S+ at step (\d+)", output):
-            life.began_at = int(match[1])
-        elif " samples, " in output:  # the first line of a run that has begun
-            life.began_at = 0
-        if life.began_at not in (None, before):
-            life.problems.append(f"began at {life.began_at}, the last save was {before}")
-        if appointment is None:
-            if life.code != 0 or life.cleaned:
-                life.problems.append(f"exit code {life.code}, {life.cleaned} processes left")
-            return
-        if not (folder / "death.json").exists():
-            life.problems.append(f"ended by itself with exit code {life.code}")
-            return
-        death = json.loads((folder / "death.json").read_text())
-        life.moment, life.step, life.victim = death["moment"], death["step"], appointment.victim
-        if life.cleaned and (RANKS_WATCH or life.victim in ("rank", "all")):
-            life.problems.append(f"{life.cleaned} processes stayed behind")
-        saved = (
-            json.loads((folder / "where-0.json").read_text())["saved"]
-            if (folder / "where-0.json").exists()
-            else 0
-        )
-        if saved > life.latest:
-            life.problems.append(f"saved step {saved}, but the last checkpoint is of {life.latest}")
-
-
-def strike_from_outside(appointment: Appointment, folder: Path, mark: str) -> None:
-    """Kill whom the appointment says, wherever they are; death.json says where that was."""
-    where = {"moment": STARTING, "step": 0}
-    if (note := folder / f"where-{appointment.rank}.json").exists():
-        where = json.loads(note.read_text())
-    victim = appointment.victim
-    kill(
-        p
-        for p in find_processes(mark)
-        if victim == "all" or (p.role == victim and p.rank in (None, appointment.rank))
-    )
-    (folder / "death.json").write_text(json.dumps(where))
-
-
-def latest(run: Path) -> int:
-    """The step of the checkpoint that a run goes on from; 0: there is none."""
-    return next((int(p.name.removeprefix("step")) for p in newest_first(run / "checkpoints")), 0)
 
 
 def appoint(runs: Runs, rng: random.Random, kills: int, first: int) -> list[Appointment]:
@@ -281,18 +116,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, help="for each dtype")
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as of scripts/train.py"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of moments, steps and victims")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"), help="data, runs, report")
     args = parser.parse_args(argv)
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no run is left behind
-    config = write_config(args.out, PER_CLASS, **SECTION)
+    out = args.out.resolve()
+    config = write_config(out, PER_CLASS, **SECTION)
+    spoil(config, 16)
     report: dict[str, Any] = {"seed": args.seed, "kills": args.kills}
     for i, dtype in enumerate(args.dtype):
-        runs = Runs(args.out / dtype, config, dtype, args.ranks)
+        runs = Runs(out / dtype, config, dtype, args.ranks, args.set)
         rng = random.Random(f"{args.seed}/{dtype}")
         report[dtype] = disturb(runs, rng, args.kills, i * args.kills)
-    (args.out / "chaos.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "chaos.json").write_text(json.dumps(report, indent=1) + "\n")
     bad = sum(
         len(report[dtype][what]) for dtype in args.dtype for what in ("differences", "problems")
     )

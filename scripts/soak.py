@@ -82,7 +82,7 @@ def sample(process: Process) -> dict[str, float]:
 def watch(config: Path, out: Path, ranks: int, every: float) -> tuple[int, list[dict[str, Any]]]:
     """The run's exit code, and every sample of every rank since its first step."""
     samples: list[dict[str, Any]] = []
-    log, mark, started = out / "run" / "train.log", str(out.resolve()), time.monotonic()
+    log, mark, started = out / "run" / "train.log", str(out), time.monotonic()
     with (out / "output.log").open("w") as output:
         args = ["--deepspeed_config", str(config), "--overwrite"]
         runner = launch("train.py", args, ranks, mark, output)
@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="data, run, figures")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no run is left behind
+    args.out = args.out.resolve()
     config = configure(args.out, args.steps)
     shutil.rmtree(args.out / "run", ignore_errors=True)
     code, samples = watch(config, args.out, args.ranks, args.every)

@@ -16,7 +16,7 @@ from vimnas_ds.config import ConfigError
 from vimnas_ds.durable import publish_folder
 from vimnas_ds.manifest import MANIFEST, FileEntry, read_manifest, write_manifest
 from vimnas_ds.train.best import Best
-from vimnas_ds.train.checkpoint import go_back, prune
+from vimnas_ds.train.checkpoint import finish_save, go_back, prune
 from vimnas_ds.train.run_files import (
     PLAIN_FILES,
     CheckpointError,
@@ -92,6 +92,18 @@ def test_the_newest_and_the_best_are_kept(run):
     names = {p.name for p in run.checkpoints.iterdir()}
     assert names == {"step00000010", "step00000040", "step00000050", "latest", "best"}
     assert find_checkpoint(run.checkpoints / "best").name == "step00000010"
+
+
+def test_a_save_that_died_over_its_last_duties_is_finished_by_the_run_that_goes_on(run):
+    """It was to name the new best and to delete the oldest, of which it had begun."""
+    (run.checkpoints / "best").write_text("step00000010")
+    (run.checkpoints / "step00000010" / MANIFEST).unlink()
+    finish_save(run.checkpoints, 2, 30)
+    names = {p.name for p in run.checkpoints.iterdir()}
+    assert names == {"step00000020", "step00000030", "latest", "best"}
+    assert find_checkpoint(run.checkpoints / "best").name == "step00000030"
+    finish_save(run.checkpoints, 2, 7)  # of a run whose best step was pruned by hand
+    assert find_checkpoint(run.checkpoints / "best").name == "step00000030"
 
 
 def test_going_back_gives_up_what_came_later(run):

@@ -111,6 +111,7 @@ def test_counts_go_on_where_the_checkpoint_left_them_and_new_files_are_named(
         "slow_batches": {"k400": 2},
         "left_out": {"k400": ["b.mp4"]},
         "reasons": {"k400": {"cut": 6}},
+        "named": [("k400", "a.mp4"), ("k400", "b.mp4")],
     }
     lines = ["a.mp4 is unusable and replaced (rank 0): cut"]
     lines.append("b.mp4 is unusable and left out (rank 0): empty")
@@ -120,3 +121,4 @@ def test_counts_go_on_where_the_checkpoint_left_them_and_new_files_are_named(
     assert second["slow_batches"] == {"k400": 4}
     assert second["reasons"] == {"k400": {"cut": 12}}
     assert second["left_out"] == first["left_out"]
+    assert len(told) == 1  # the resumed run does not name them again

@@ -30,7 +30,7 @@ class FaultReport:
         self._loaders, self._evaluator = loaders, evaluator
         self._console, self._board = console, board
         self._before: Mapping[str, Any] = before or {}
-        self._named: set[tuple[str, str]] = set()
+        self._named: set[tuple[str, str]] = set(self._before.get("named", ()))
         #: by dataset, of all ranks: samples replaced so far, and by what was wrong with them;
         #: batches of which DALI refused a file; files that no evaluation counts
         self.replaced: Counter[str]
@@ -54,6 +54,7 @@ class FaultReport:
             "slow_batches": dict(self.slow_batches),
             "left_out": {k: sorted(v) for k, v in self.left_out.items()},
             "reasons": {k: dict(v) for k, v in self.reasons.items()},
+            "named": sorted(self._named),
         }
 
     def collect(self, step: int) -> None:
