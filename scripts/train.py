@@ -121,15 +121,18 @@ def prepare(args: argparse.Namespace) -> Trainer:
     from vimnas_ds.train.loop import Trainer
     from vimnas_ds.train.run_files import RunFiles, choose_start
 
-    ranks = start_ranks()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
 
     def check() -> tuple[RunConfig, Path | None]:
         config = configure(args)
-        config.micro_batch(ranks.world_size)
-        config.micro_batch(ranks.world_size, config.alpha_batch)
+        config.micro_batch(world_size)
+        config.micro_batch(world_size, config.alpha_batch)
         files = RunFiles(config.vimnas.output_dir)
         return config, choose_start(files, args.resume, args.overwrite)
 
+    if world_size == 1:
+        check()  # at once; several ranks meet first, to hear what another cannot start with
+    ranks = start_ranks()
     config, start = run_together(check, ranks)
     data = open_data(config.vimnas.data, ranks, Path(args.deepspeed_config))
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
