@@ -120,6 +120,7 @@ def prepare(args: argparse.Namespace) -> Trainer:
     """Check, with all ranks, what can be checked before any work, then set the run up."""
     from vimnas_ds.train.loop import Trainer
     from vimnas_ds.train.run_files import RunFiles, choose_start
+    from vimnas_ds.train.warm_start import check_source
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -127,8 +128,10 @@ def prepare(args: argparse.Namespace) -> Trainer:
         config = configure(args)
         config.micro_batch(world_size)
         config.micro_batch(world_size, config.alpha_batch)
-        files = RunFiles(config.vimnas.output_dir)
-        return config, choose_start(files, args.resume, args.overwrite)
+        start = choose_start(RunFiles(config.vimnas.output_dir), args.resume, args.overwrite)
+        if start is None:
+            check_source(config.vimnas.model)
+        return config, start
 
     if world_size == 1:
         check()  # at once; several ranks meet first, to hear what another cannot start with

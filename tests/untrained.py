@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tests.media import encode, numbered
 from tests.small import small_config
 from vimnas_ds.config import parse_config
+from vimnas_ds.model.alphas import Alphas
 from vimnas_ds.train.engine import build_supernet
 from vimnas_ds.train.run_files import ALPHAS_FILE, POSITION_FILE, WEIGHTS_FILE, config_object
 from vimnas_ds.train.schedule import DataCursor

@@ -194,20 +194,25 @@ class DatasetSection(Section):
         if self.kind == "video" and (self.frames is None or self.fps is None):
             raise ValueError("a video dataset needs frames and fps")
         if self.kind == "image" and (self.frames is not None or self.fps is not None):
-            raise ValueError("frames and fps are for video datasets only")
+            raise ValueError(
+                f"frames and fps are for video datasets only, got {self.frames} and {self.fps}"
+            )
         if self.kind == "image" and self.test_clips is not None:
-            raise ValueError("test_clips is for video datasets only")
+            raise ValueError(f"test_clips is for video datasets only, got {self.test_clips}")
+        if self.layout in ("ssv2", "kinetics") and self.kind != "video":
+            raise ValueError(f'layout "{self.layout}" is for video')
+        if self.layout == "imagenet" and self.kind != "image":
+            raise ValueError('layout "imagenet" is for images')
         needed, allowed = LAYOUT_KEYS[self.layout]
         for key in LAYOUT_FILES:
             if getattr(self, key) is None and key in needed:
                 raise ValueError(f'layout "{self.layout}" needs {key}: {needed[key]}')
             if getattr(self, key) is not None and key not in {*needed, *allowed}:
                 layouts = [f'"{k}"' for k, (n, a) in LAYOUT_KEYS.items() if key in {*n, *a}]
-                raise ValueError(f"{key} is for the layouts {', '.join(layouts)}")
-        if self.layout in ("ssv2", "kinetics") and self.kind != "video":
-            raise ValueError(f'layout "{self.layout}" is for video')
-        if self.layout == "imagenet" and self.kind != "image":
-            raise ValueError('layout "imagenet" is for images')
+                raise ValueError(
+                    f"{key} is for the layouts {', '.join(layouts)}, "
+                    f'not "{self.layout}" (got {str(getattr(self, key))!r})'
+                )
         if self.test_resize < self.size:
             raise ValueError(f"resize {self.resize} is smaller than the crop of size {self.size}")
         for name in ("crop_scale", "crop_ratio"):
@@ -215,7 +220,9 @@ class DatasetSection(Section):
             if not 0 < low <= high:
                 raise ValueError(f"{name} needs 0 < low <= high, got {(low, high)}")
         if self.crop_scale[1] > 1:
-            raise ValueError("crop_scale is a share of the area: at most 1")
+            raise ValueError(
+                f"crop_scale is a share of the area: at most 1, got {self.crop_scale[1]}"
+            )
         return self
 
     @property
@@ -428,9 +435,9 @@ class VimnasSection(Section):
             except ValueError as err:
                 raise ValueError(f"arch: {err}") from err
         datasets, image = self.data.datasets, self.schedule.image_dataset
-        if image is not None and (image not in datasets or not datasets[image].is_image):
-            raise ValueError(f"schedule.image_dataset {image!r} is not an image dataset")
         images = [n for n, d in datasets.items() if d.is_image]
+        if image is not None and image not in images:
+            raise ValueError(f"schedule.image_dataset {image!r} is not an image dataset: {images}")
         if image is None and len(images) > 1 and len(datasets) > 1:
             raise ValueError(f"schedule.image_dataset must name one of {images}")
         if self.schedule.image_epochs and not images:
@@ -445,15 +452,18 @@ class VimnasSection(Section):
                 f"{self.schedule.epochs}: the peak would never be reached"
             )
         if self.output_dir == Path():
-            raise ValueError("output_dir must name a folder of the run's own")
+            raise ValueError("output_dir must name a folder of the run's own, not '.'")
         if (self.schedule.image_epochs or 0) > self.schedule.epochs:
-            raise ValueError("schedule.image_epochs exceeds schedule.epochs")
+            raise ValueError(
+                f"schedule.image_epochs {self.schedule.image_epochs} exceeds schedule.epochs "
+                f"{self.schedule.epochs}"
+            )
         geometry = self.tokens.geometry()
         for name, data in datasets.items():
             try:
                 geometry.num_tokens(data.frames, data.size)
             except ValueError as err:
-                raise ValueError(f"data.datasets.{name}: {err}") from err
+                raise ValueError(f"data.datasets.{name}: {err} (tokens.tubes)") from err
         return self
 
     @property
@@ -642,9 +652,9 @@ def parse_config(raw: dict[str, Any]) -> RunConfig:
 
 
 def _check_deepspeed(config: dict[str, Any]) -> None:
-    for key in config:
+    for key, value in config.items():
         if key in REFUSED_KEYS:
-            raise ConfigError(f'"{key}" is refused: {REFUSED_KEYS[key]}')
+            raise ConfigError(f'"{key}" is refused (got {value!r}): {REFUSED_KEYS[key]}')
         if key not in DEEPSPEED_KEYS:
             raise ConfigError(f'unknown key "{key}"{_nearest(key, [*DEEPSPEED_KEYS, "vimnas"])}')
     batch = config.get("train_batch_size")
@@ -704,7 +714,8 @@ def _check_zero(zero: Any) -> None:
         )
     for key, value in zero.items():
         if key in ZERO_KEYS_REFUSED and value not in (False, None):
-            raise ConfigError(f"zero_optimization.{key} is refused: {ZERO_KEYS_REFUSED[key]}")
+            reason = ZERO_KEYS_REFUSED[key]
+            raise ConfigError(f"zero_optimization.{key} is refused (got {value!r}): {reason}")
         if key not in ZERO_KEYS:
             near = _nearest(key, ZERO_KEYS)
             raise ConfigError(f'unknown or unproved key "zero_optimization.{key}"{near}')

@@ -15,15 +15,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimnas_ds.config import ConfigError, RunConfig
+from vimnas_ds.config import ConfigError, ModelSection, RunConfig
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.train.run_files import WEIGHTS_FILE, find_checkpoint, network_of, read_run_config
 
 
+def check_source(model: ModelSection) -> None:
+    """Raise ConfigError if what the weights are to come from is not there; nothing is loaded."""
+    if model.init is not None and not model.init.is_file():
+        raise ConfigError(f"vimnas.model.init: there is no file {model.init}")
+    if model.inherit is not None:
+        find_checkpoint(model.inherit)
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by name from .safetensors or a torch file. Raises ConfigError in words."""
-    if not path.is_file():
-        raise ConfigError(f"vimnas.model.init: there is no file {path}")
     try:
         if path.suffix == ".safetensors":
             state = load_file(str(path))
