@@ -3,10 +3,7 @@ key or option, the value that was given, and what would be right."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib.util
-import io
 import json
 import os
 import re
@@ -19,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.conftest import ROOT
+from tests.launch import run_main
 from tests.small import TUBES, small_config
 from tests.untrained import write_run
 from vimnas_ds.config import ConfigError, load_config, parse_config
@@ -455,22 +453,6 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files_in(folder: Path) -> dict[str, int]:
     found = (p for p in folder.rglob("*") if p.suffix != ".lock")
     return {str(p): p.stat().st_mtime_ns for p in found}
-
-
-def run_main(script: str, arguments: list[str]) -> tuple[Any, str]:
-    """(exit code, stderr) of a script's main in this process."""
-    spec = importlib.util.spec_from_file_location(f"script_{script}", ROOT / f"scripts/{script}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    errors = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-        try:
-            code = module.main(arguments)
-        except SystemExit as ended:
-            code = ended.code
-    return code, errors.getvalue()
 
 
 @pytest.mark.parametrize(
