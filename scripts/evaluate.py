@@ -25,6 +25,7 @@ decoding, resizing and cropping for 4 x 3 views of a 10 s, 340 x 256 video (benc
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -84,6 +85,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> int:
     if args.single_view and args.views == "dense":
         raise ConfigError("--single_view and --views dense exclude each other")
+    if args.stride is not None and args.views != "dense":
+        raise ConfigError(f"--stride {args.stride:g}: a stride is for dense views, --views dense")
+    if args.stride is not None and not 0 < args.stride < math.inf:
+        raise ConfigError(f"--stride must be above 0 seconds, got {args.stride:g}")
     if args.out is not None and args.out.suffix != ".json":
         raise ConfigError(f"--out {args.out} must end in .json: a CSV and pictures go beside it")
     ranks = start_ranks(SEARCH_TIMEOUT, engine=False)

@@ -108,8 +108,8 @@ def search(args: argparse.Namespace) -> int:
     asked = args.pick or "knee"
     pick = parse_pick(asked, constraints.reach(against)[0] if against is not None else 0.0)
     folder = args.out or run.files.root / name
-    board = SearchBoard(args.out or run.files.tensorboard / name) if ranks.is_main else None
     evaluations = open_evaluations(run, args, folder)
+    board = SearchBoard(args.out or run.files.tensorboard / name) if ranks.is_main else None
     datasets, scorer = evaluations.datasets, ArchScorer(evaluations)
     evolution = Evolution(scorer, constraints, options, args.seed, against)
     most = options.population + (options.generations - 1) * (options.crossovers + options.mutations)

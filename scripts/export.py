@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from vimnas_ds.arch_file import named_arch
+from vimnas_ds.arguments import folder
 from vimnas_ds.export import ExportError, export_subnet, load_subnet
 from vimnas_ds.search.cli import build_parser, run_script
 from vimnas_ds.search.run import TrainedNetwork, choose_checkpoint, open_network
@@ -27,7 +28,7 @@ from vimnas_ds.train.ranks import start_ranks
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     parser.add_argument("--arch", required=True, help="largest, smallest, or a file with one")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
+    parser.add_argument("--out", type=folder, metavar="DIR", help="default: RUN/export")
     return parser.parse_args(argv)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from vimnas_ds.config import (
     DatasetSection,
     dataset_section,
     load_config,
+    override_value,
 )
 from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyUnusable, are_too_many
 from vimnas_ds.data.index_build import build_index, locked
@@ -81,7 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("limit", "workers", "timeout"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name} must be positive, got {value}")
     return args
 
@@ -116,10 +118,7 @@ def choose(args: argparse.Namespace) -> tuple[str, DatasetSection, Path, float]:
         key, equals, text = override.partition("=")
         if not equals or key not in DatasetSection.model_fields:
             raise ConfigError(f"--set takes KEY=VALUE with a key of the dataset, got {override!r}")
-        try:
-            given[key] = json.loads(text)
-        except json.JSONDecodeError:
-            given[key] = text
+        given[key] = override_value(key, text)
     if "annotations" in given and "layout" not in given:
         root = Path(given.get("root") or values["root"] or ".")
         given["layout"] = recognise_layout(root / given["annotations"])

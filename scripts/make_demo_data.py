@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from vimnas_ds.arguments import folder
 from vimnas_ds.data.demo import make_demo_data
 
 
@@ -23,13 +24,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo_data"), help="the folder")
+    parser.add_argument("--out", type=folder, default=Path("runs/demo_data"), help="the folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train_per_class", type=int, default=100)
     parser.add_argument("--test_per_class", type=int, default=32)
     parser.add_argument("--workers", type=int, help="processes; by default one per CPU")
     parser.add_argument("--force", action="store_true", help="make the set anew")
     options = parser.parse_args(argv)
+    for name, least in (("train_per_class", 1), ("test_per_class", 1), ("workers", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}, got {value}")
 
     start = time.perf_counter()
     try:

@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vimnas_ds.arguments import folder
 from vimnas_ds.config import ConfigError, DataSection, dataset_section, load_config
 from vimnas_ds.data.bad import BadAnnotations, DataMissing
 from vimnas_ds.data.index_file import read_header
@@ -48,7 +49,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="with --dataset: override a key, as for scripts/train.py (repeatable)",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the shards' folder")
+    parser.add_argument(
+        "--out", type=folder, required=True, metavar="DIR", help="the shards' folder"
+    )
     parser.add_argument(
         "--shard_mb", type=int, default=1000, metavar="N", help="10^6 bytes a shard, %(default)s"
     )
@@ -73,6 +76,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def choose(args: argparse.Namespace) -> tuple[str, DataSection]:
     """The dataset's name and the section that holds it, read from its files."""
     if args.index is not None:
+        if not args.index.is_file():
+            raise ConfigError(f"--index {args.index}: there is no such index")
         header = read_header(args.index)
         name, values = header.name, {**header.section, "root": header.root}
         options: dict[str, Any] = {"index_dir": args.index.parent}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 from collections.abc import Sequence
 from itertools import chain
@@ -100,6 +101,12 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--tune_steps must be at least 0, got {args.tune_steps}")
     if args.resume and not args.tune_steps:
         raise ConfigError("--resume goes on with a tuned search: add its --tune_steps")
+    if args.tune_lr is not None and not 0 < args.tune_lr < math.inf:
+        raise ConfigError(f"--tune_lr must be above 0, got {args.tune_lr}")
+    if args.tune_lr is not None and not args.tune_steps:
+        raise ConfigError(f"--tune_lr {args.tune_lr} goes with tuning: add --tune_steps")
+    if args.keep < 1:
+        raise ConfigError(f"--keep must be at least 1, got {args.keep}")
     if args.prefix_mb is not None and args.prefix_mb < 0:
         raise ConfigError(f"--prefix_mb must be at least 0, got {args.prefix_mb}")
 

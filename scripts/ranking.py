@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vimnas_ds.arguments import folder
 from vimnas_ds.config import ConfigError
 from vimnas_ds.report.confusion import write_figure
 from vimnas_ds.report.ranking import ranking_figure
@@ -74,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME[=WEIGHT]",
         help="datasets compared, and their weights in the mean; default: all of the run, equally",
     )
-    add("--out", type=Path, metavar="DIR", help="where results go; default: RUN/ranking")
+    add("--out", type=folder, metavar="DIR", help="where results go; default: RUN/ranking")
     add_cache_arguments(parser)
     parser.set_defaults(metric="top1")
     return parser.parse_args(argv)

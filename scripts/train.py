@@ -131,22 +131,29 @@ def prepare(args: argparse.Namespace, watch: Watch) -> Trainer:
     """Check, with all ranks, what can be checked before any work, then set the run up."""
     from vimnas_ds.train.loop import Trainer
     from vimnas_ds.train.run_files import RunFiles, choose_start
+    from vimnas_ds.train.warm_start import check_source
 
-    ranks = start_ranks()
-    watch.join(ranks)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
 
     def check() -> RunConfig:
         config = configure(args)
-        config.micro_batch(ranks.world_size)
-        config.micro_batch(ranks.world_size, config.alpha_batch)
+        config.micro_batch(world_size)
+        config.micro_batch(world_size, config.alpha_batch)
         return config
 
+    def choose() -> str:
+        start = choose_start(RunFiles(config.vimnas.output_dir), args.resume, args.overwrite)
+        if start is None:
+            check_source(config.vimnas.model)
+        return str(start or "")
+
+    if world_size == 1:
+        check()  # at once; several ranks meet first, to hear what another cannot start with
+    ranks = start_ranks()
+    watch.join(ranks)
     config = run_together(check, ranks)
     watch.set_limits(config.vimnas.faults)
-    files = RunFiles(config.vimnas.output_dir)
-    found = rank_zero_decides(
-        lambda: str(choose_start(files, args.resume, args.overwrite) or ""), ranks
-    )
+    found = rank_zero_decides(choose, ranks)
     start = Path(found) if found else None
     data = open_data(config.vimnas.data, ranks, Path(args.deepspeed_config))
     settle_on_cpu(config.vimnas.cpu_threads, ranks)

@@ -68,8 +68,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("runs/view_batch.png"), metavar="FILE", help="%(default)s"
     )
     args = parser.parse_args(argv)
-    if args.batch < 0 or args.count < 1:
-        parser.error("--batch must be 0 or more, --count 1 or more")
+    for name, least in (("batch", 0), ("count", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if args.out.suffix.lower() != ".png":
         parser.error(f"--out must end in .png, got {args.out}")
     return args

@@ -1,11 +1,15 @@
-"""Starts scripts under the real launcher, as a user does."""
+"""Starts scripts: under the real launcher, as a user does, or in this process."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import os
 import socket
 import subprocess
 import sys
+from typing import Any
 
 from tests.conftest import ROOT
 
@@ -26,3 +30,19 @@ def launch(script: str, *args: str, ranks: int = 2, timeout: float = 400) -> str
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
+
+
+def run_main(script: str, arguments: list[str]) -> tuple[Any, str]:
+    """(exit code, stderr) of a script's main in this process."""
+    spec = importlib.util.spec_from_file_location(f"script_{script}", ROOT / f"scripts/{script}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        try:
+            code = module.main(arguments)
+        except SystemExit as ended:
+            code = ended.code
+    return code, errors.getvalue()

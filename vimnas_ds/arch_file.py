@@ -16,11 +16,13 @@ def read_arch(path: Path, space: SearchSpace | None = None) -> Arch:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ConfigError(f"cannot read the architecture {path}: {err}") from err
     if isinstance(content, dict) and "arch" in content:
         content = content["arch"]
     try:
+        if not isinstance(content, dict):
+            raise ValueError(f"an architecture is a JSON object, got {content!r}")
         arch = Arch.from_json(content)
         if space is not None:
             space.validate(arch)

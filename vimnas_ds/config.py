@@ -15,7 +15,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from vimnas_ds.space import SPACES, Arch, SearchSpace
 from vimnas_ds.tubes import TUBELET, TUBEVIT, TokenGeometry, Tube
@@ -26,14 +33,24 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys are errors."""
+    """Base of all sections: immutable; unknown keys, and `true` or "8" for a number, are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
+def _named(path: Any) -> Any:
+    if isinstance(path, str) and (not path or "\0" in path):
+        raise ValueError("must name a file or folder")
+    return path
+
+
+FROM_JSON = Field(strict=False)  #: texts become paths, lists tuples; their items stay strict
+Place = Annotated[Path, FROM_JSON, BeforeValidator(_named)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Triple = tuple[int, int, int]
+Pair = Annotated[tuple[float, float], FROM_JSON]
+Decays = Annotated[tuple[Fraction, Fraction], FROM_JSON]
+Triple = Annotated[tuple[int, int, int], FROM_JSON]
 
 
 class TubeSection(Section):
@@ -56,8 +73,8 @@ class TokensSection(Section):
     kind: Literal["tubes", "tubelet"] = Field(
         "tubes", description="tubes: TubeViT's sparse tubes; tubelet: dense 2x16x16 (VideoMAE)"
     )
-    tubes: tuple[TubeSection, ...] | None = Field(
-        None, min_length=1, description="Tube geometry; null: the published one of `kind`"
+    tubes: Annotated[tuple[TubeSection, ...], FROM_JSON] | None = Field(
+        None, description="Tube geometry; null: the published one of `kind`"
     )
     image_tube: int | None = Field(
         None, ge=0, description="Index of the tube that also embeds images; null: the last"
@@ -65,6 +82,8 @@ class TokensSection(Section):
 
     @model_validator(mode="after")
     def _index(self) -> TokensSection:
+        if self.tubes == ():
+            raise ValueError("tubes needs one at least; null takes the published ones")
         if self.tubes is not None and self.kind == "tubelet":
             raise ValueError('kind "tubelet" has its own geometry; own tubes go with kind "tubes"')
         if self.tubes is None and self.image_tube is not None:
@@ -109,8 +128,8 @@ class DatasetSection(Section):
     """One dataset: where it lies, how it is read, its recipe (Table 10)."""
 
     kind: Literal["image", "video"] = Field(description="Images (B, 3, H, W) or clips")
-    root: Path | None = Field(None, description="Folder of the data; must be set to train")
-    shards: Path | None = Field(
+    root: Place | None = Field(None, description="Folder of the data; must be set to train")
+    shards: Place | None = Field(
         None, description="Folder that scripts/make_shards.py wrote, read in place of the root"
     )
     layout: Layout = Field(
@@ -120,20 +139,20 @@ class DatasetSection(Section):
         "the official CSV; ssv2: the official JSON files and webm folder; imagenet: class folders "
         "for training, the official flat validation folder",
     )
-    annotations: Path | None = Field(
+    annotations: Place | None = Field(
         None,
         description="Relative to root. csv, lists: the (training) file; kinetics: a CSV or a "
         "folder of them; ssv2: folder of the JSON files; imagenet: the validation ground truth",
     )
-    test_annotations: Path | None = Field(
+    test_annotations: Place | None = Field(
         None, description="lists: the test file; kinetics: the validation CSV (relative to root)"
     )
-    videos: Path | None = Field(
+    videos: Place | None = Field(
         None,
         description="Relative to root. ssv2: the webm folder; kinetics: where the files are looked "
         "for; lists: what goes before each path",
     )
-    synsets: Path | None = Field(
+    synsets: Place | None = Field(
         None, description="imagenet: order of the devkit's class numbers (map_clsloc.txt)"
     )
     train_split: str = Field("train", description="Folder, or value of the split column")
@@ -155,8 +174,8 @@ class DatasetSection(Section):
     weight_decay: float = Field(ge=0, description="Weight decay of the steps that draw this one")
     randaugment: RandAugmentSection | None = Field(None, description="null: off")
     random_erasing: Fraction = Field(0.0, description="Probability")
-    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="Area of the random crop")
-    crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="Aspect ratio of the crop")
+    crop_scale: Pair = Field((0.08, 1.0), description="Area of the random crop")
+    crop_ratio: Pair = Field((0.75, 4 / 3), description="Aspect ratio of the crop")
     test_clips: int | None = Field(
         None, ge=1, description="Clips of a test video; null: 4, SSV2 2 (images 1)"
     )
@@ -175,18 +194,25 @@ class DatasetSection(Section):
         if self.kind == "video" and (self.frames is None or self.fps is None):
             raise ValueError("a video dataset needs frames and fps")
         if self.kind == "image" and (self.frames is not None or self.fps is not None):
-            raise ValueError("frames and fps are for video datasets only")
+            raise ValueError(
+                f"frames and fps are for video datasets only, got {self.frames} and {self.fps}"
+            )
+        if self.kind == "image" and self.test_clips is not None:
+            raise ValueError(f"test_clips is for video datasets only, got {self.test_clips}")
+        if self.layout in ("ssv2", "kinetics") and self.kind != "video":
+            raise ValueError(f'layout "{self.layout}" is for video')
+        if self.layout == "imagenet" and self.kind != "image":
+            raise ValueError('layout "imagenet" is for images')
         needed, allowed = LAYOUT_KEYS[self.layout]
         for key in LAYOUT_FILES:
             if getattr(self, key) is None and key in needed:
                 raise ValueError(f'layout "{self.layout}" needs {key}: {needed[key]}')
             if getattr(self, key) is not None and key not in {*needed, *allowed}:
                 layouts = [f'"{k}"' for k, (n, a) in LAYOUT_KEYS.items() if key in {*n, *a}]
-                raise ValueError(f"{key} is for the layouts {', '.join(layouts)}")
-        if self.layout in ("ssv2", "kinetics") and self.kind != "video":
-            raise ValueError(f'layout "{self.layout}" is for video')
-        if self.layout == "imagenet" and self.kind != "image":
-            raise ValueError('layout "imagenet" is for images')
+                raise ValueError(
+                    f"{key} is for the layouts {', '.join(layouts)}, "
+                    f'not "{self.layout}" (got {str(getattr(self, key))!r})'
+                )
         if self.test_resize < self.size:
             raise ValueError(f"resize {self.resize} is smaller than the crop of size {self.size}")
         for name in ("crop_scale", "crop_ratio"):
@@ -194,7 +220,9 @@ class DatasetSection(Section):
             if not 0 < low <= high:
                 raise ValueError(f"{name} needs 0 < low <= high, got {(low, high)}")
         if self.crop_scale[1] > 1:
-            raise ValueError("crop_scale is a share of the area: at most 1")
+            raise ValueError(
+                f"crop_scale is a share of the area: at most 1, got {self.crop_scale[1]}"
+            )
         return self
 
     @property
@@ -234,7 +262,7 @@ class DataSection(Section):
         description="Share of the training files of every class kept from training: half for the "
         "alpha steps (`alpha`), half for evaluation and search scores (`select`)",
     )
-    index_dir: Path = Field(
+    index_dir: Place = Field(
         Path("indexes"),
         description="Folder of the dataset indexes (DATASET.parquet), outside the data; one that "
         "is missing is built by the first run, see scripts/index_data.py",
@@ -282,10 +310,10 @@ class ModelSection(Section):
     activation_checkpointing: bool = Field(
         False, description="Recompute blocks in backward: less memory, a third more time"
     )
-    init: Path | None = Field(
+    init: Place | None = Field(
         None, description="Warm start: a local timm ViT checkpoint (.safetensors, .pth)"
     )
-    inherit: Path | None = Field(
+    inherit: Place | None = Field(
         None, description="Start from the weights of a supernet run or checkpoint of this project"
     )
 
@@ -322,7 +350,7 @@ class AlphaSection(Section):
     enabled: bool = Field(True, description="Whether alphas are learned at all")
     every: int = Field(1, ge=1, description="Steps between alpha updates; 1 in the paper")
     lr: Positive = Field(3e-4, description="Learning rate of the alphas' Adam")
-    betas: tuple[Fraction, Fraction] = Field((0.5, 0.999), description="Its moments' decay")
+    betas: Decays = Field((0.5, 0.999), description="Its moments' decay")
     weight_decay: float = Field(1e-3, ge=0, description="Its weight decay (added to the gradient)")
     init_std: float = Field(1e-3, ge=0, description="Alphas start at this times a standard normal")
     batch: int | None = Field(
@@ -333,7 +361,7 @@ class AlphaSection(Section):
 class OptimizerSection(Section):
     """AdamW on exactly the sampled sub-blocks."""
 
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="The moments' decay")
+    betas: Decays = Field((0.9, 0.999), description="The moments' decay")
     eps: Positive = Field(1e-8, description="Added to the root of the second moment")
     max_skipped: int = Field(
         20, ge=1, description="Consecutive skipped (non-finite) steps that stop the run"
@@ -419,8 +447,8 @@ class ArchSection(Section):
 
     embed_dim: int = Field(description="Width of all layers")
     depth: int = Field(description="Number of layers")
-    num_heads: tuple[int, ...] = Field(description="Per layer")
-    mlp_ratio: tuple[float, ...] = Field(description="Per layer")
+    num_heads: Annotated[tuple[int, ...], FROM_JSON] = Field(description="Per layer")
+    mlp_ratio: Annotated[tuple[float, ...], FROM_JSON] = Field(description="Per layer")
 
     def arch(self) -> Arch:
         return Arch(self.embed_dim, self.depth, self.num_heads, self.mlp_ratio)
@@ -429,7 +457,7 @@ class ArchSection(Section):
 class VimnasSection(Section):
     """Everything that is not DeepSpeed's."""
 
-    output_dir: Path = Field(description="Folder of the run: log, checkpoints, TensorBoard")
+    output_dir: Place = Field(description="Folder of the run: log, checkpoints, TensorBoard")
     space: str = Field(description=f"Search space: {', '.join(SPACES)}")
     arch: ArchSection | None = Field(
         None, description="Train this sub-network alone (scripts/train.py --arch); null: the space"
@@ -461,11 +489,14 @@ class VimnasSection(Section):
         if self.space not in SPACES:
             raise ValueError(f"space {self.space!r} is none of {', '.join(SPACES)}")
         if self.arch is not None:
-            SPACES[self.space].validate(self.arch.arch())
+            try:
+                SPACES[self.space].validate(self.arch.arch())
+            except ValueError as err:
+                raise ValueError(f"arch: {err}") from err
         datasets, image = self.data.datasets, self.schedule.image_dataset
-        if image is not None and (image not in datasets or not datasets[image].is_image):
-            raise ValueError(f"schedule.image_dataset {image!r} is not an image dataset")
         images = [n for n, d in datasets.items() if d.is_image]
+        if image is not None and image not in images:
+            raise ValueError(f"schedule.image_dataset {image!r} is not an image dataset: {images}")
         if image is None and len(images) > 1 and len(datasets) > 1:
             raise ValueError(f"schedule.image_dataset must name one of {images}")
         if self.schedule.image_epochs and not images:
@@ -480,15 +511,18 @@ class VimnasSection(Section):
                 f"{self.schedule.epochs}: the peak would never be reached"
             )
         if self.output_dir == Path():
-            raise ValueError("output_dir must name a folder of the run's own")
+            raise ValueError("output_dir must name a folder of the run's own, not '.'")
         if (self.schedule.image_epochs or 0) > self.schedule.epochs:
-            raise ValueError("schedule.image_epochs exceeds schedule.epochs")
+            raise ValueError(
+                f"schedule.image_epochs {self.schedule.image_epochs} exceeds schedule.epochs "
+                f"{self.schedule.epochs}"
+            )
         geometry = self.tokens.geometry()
         for name, data in datasets.items():
             try:
                 geometry.num_tokens(data.frames, data.size)
             except ValueError as err:
-                raise ValueError(f"data.datasets.{name}: {err}") from err
+                raise ValueError(f"data.datasets.{name}: {err} (tokens.tubes)") from err
         return self
 
     @property
@@ -595,9 +629,10 @@ class RunConfig(Section):
     def micro_batch(self, world_size: int, total: int | None = None) -> int:
         """Samples per process of a step. Raises ConfigError if they cannot be shared evenly."""
         total = total or self.global_batch
+        key = "train_batch_size" if total == self.global_batch else "vimnas.alpha.batch"
         if total % world_size:
             raise ConfigError(
-                f"train_batch_size {total} cannot be shared evenly by {world_size} processes: "
+                f"{key} {total} cannot be shared evenly by {world_size} processes: "
                 f"use a multiple of {world_size}, e.g. {math.ceil(total / world_size) * world_size}"
             )
         micro = total // world_size
@@ -633,8 +668,7 @@ def dataset_section(name: str, values: dict[str, Any]) -> DatasetSection:
     try:
         return DatasetSection.model_validate(values)
     except ValidationError as error:
-        messages = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
-        raise ConfigError(f"{name}: {'; '.join(messages)}") from error
+        raise ConfigError(_explain(error, ("data", "datasets", name))) from error
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -645,12 +679,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = _parse(path.read_text(encoding="utf-8-sig"), str(path))
     except OSError as err:
         raise ConfigError(f"cannot read the configuration {path}: {err.strerror}") from err
-    try:
-        raw = json.loads(text, object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as err:
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
         raise ConfigError(f"{path} is not valid JSON: {err}") from err
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a JSON object")
@@ -679,9 +711,9 @@ def parse_config(raw: dict[str, Any]) -> RunConfig:
 
 
 def _check_deepspeed(config: dict[str, Any]) -> None:
-    for key in config:
+    for key, value in config.items():
         if key in REFUSED_KEYS:
-            raise ConfigError(f'"{key}" is refused: {REFUSED_KEYS[key]}')
+            raise ConfigError(f'"{key}" is refused (got {value!r}): {REFUSED_KEYS[key]}')
         if key not in DEEPSPEED_KEYS:
             raise ConfigError(f'unknown key "{key}"{_nearest(key, [*DEEPSPEED_KEYS, "vimnas"])}')
     batch = config.get("train_batch_size")
@@ -700,13 +732,17 @@ def _check_deepspeed(config: dict[str, Any]) -> None:
             f"1.0), got {clipping!r}"
         )
     if not _is_whole(config.get("steps_per_print", 1)):
-        raise ConfigError(f"steps_per_print must be a whole number: {config['steps_per_print']!r}")
+        raise ConfigError(
+            f"steps_per_print must be a whole number, got {config['steps_per_print']!r}"
+        )
     if not isinstance(config.get("wall_clock_breakdown", False), bool):
-        raise ConfigError("wall_clock_breakdown must be true or false")
+        raise ConfigError(
+            f"wall_clock_breakdown must be true or false, got {config['wall_clock_breakdown']!r}"
+        )
     bf16 = config.setdefault("bf16", {"enabled": "auto"})
-    if not isinstance(bf16, dict) or bf16.get("enabled", "auto") not in (True, False, "auto"):
-        raise ConfigError(f'bf16.enabled must be true, false or "auto", got {bf16!r}')
-    bf16.setdefault("enabled", "auto")
+    enabled = bf16.setdefault("enabled", "auto") if isinstance(bf16, dict) else bf16
+    if not isinstance(enabled, bool) and enabled != "auto":
+        raise ConfigError(f'bf16.enabled must be true, false or "auto", got {enabled!r}')
     for key in bf16:
         if key not in ("enabled", "check_grad_overflow"):
             raise ConfigError(
@@ -737,13 +773,17 @@ def _check_zero(zero: Any) -> None:
         )
     for key, value in zero.items():
         if key in ZERO_KEYS_REFUSED and value not in (False, None):
-            raise ConfigError(f"zero_optimization.{key} is refused: {ZERO_KEYS_REFUSED[key]}")
+            reason = ZERO_KEYS_REFUSED[key]
+            raise ConfigError(f"zero_optimization.{key} is refused (got {value!r}): {reason}")
         if key not in ZERO_KEYS:
             near = _nearest(key, ZERO_KEYS)
             raise ConfigError(f'unknown or unproved key "zero_optimization.{key}"{near}')
         if key.endswith("_size"):
             if not _is_whole(value) or value < 1:
-                raise ConfigError(f"zero_optimization.{key} must be a positive whole number")
+                raise ConfigError(
+                    f"zero_optimization.{key} must be a positive whole number written out "
+                    f"(500000000, not 5e8), got {value!r}"
+                )
         elif key != "stage" and not isinstance(value, bool):
             raise ConfigError(f"zero_optimization.{key} must be true or false, got {value!r}")
 
@@ -768,6 +808,18 @@ def _nearest(key: str, known: Any) -> str:
     return f'; did you mean "{close[0]}"?' if close else f"; known: {', '.join(sorted(known))}"
 
 
+def _parse(text: str, source: str) -> Any:
+    """JSON. Raises JSONDecodeError for other texts, ConfigError for what no key can take."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except RecursionError as err:
+        raise ConfigError(f"{source}: lists or objects nest too deeply") from err
+    except ValueError as err:
+        if isinstance(err, json.JSONDecodeError | ConfigError):
+            raise
+        raise ConfigError(f"{source}: {err}") from err  # a number of thousands of digits
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
@@ -781,15 +833,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set takes KEY=VALUE, got {override!r}")
-    try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError:
-        value = text  # a bare word is a string: --set vimnas.space=vit_s
+    value = override_value(key, text)
     parts = key.split(".")
     datasets: Any = raw
     for part in ("vimnas", "data", "datasets"):
         datasets = datasets.get(part, {}) if isinstance(datasets, dict) else {}
-    if parts[:2] == ["vimnas", "data"] and len(parts) > 3 and parts[2] in datasets:
+    if parts[:2] == ["vimnas", "data"] and len(parts) > 3 and parts[2] != "datasets":
+        if parts[2] not in datasets:
+            raise ConfigError(f"--set {key}: no dataset {parts[2]}{_nearest(parts[2], datasets)}")
         parts.insert(2, "datasets")
     node: Any = raw
     for part in parts[:-1]:
@@ -800,18 +851,45 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _explain(error: ValidationError) -> str:
-    """pydantic's findings, one line each, with the nearest valid key for unknown ones."""
+#: pydantic's kinds of error that speak of Python, in words of JSON
+_JSON_WORDS = {
+    "path_type": "must be a path, in quotes",
+    "string_type": "must be a text, in quotes",
+    "tuple_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "finite_number": "must be a finite number",
+}
+
+
+def override_value(key: str, text: str) -> Any:
+    """What `--set KEY=TEXT` gives: JSON, or a bare word as a string (--set vimnas.space=vit_s)."""
+    try:
+        return _parse(text, f"--set {key}")
+    except json.JSONDecodeError:
+        return text
+
+
+def _explain(error: ValidationError, at: tuple[int | str, ...] = ()) -> str:
+    """pydantic's findings about the section `at`, one line each, with the nearest valid key for
+    unknown ones."""
     lines = []
     for item in error.errors():
-        path = ".".join(["vimnas", *map(str, item["loc"])])
+        location = (*at, *item["loc"])
+        path = ".".join(["vimnas", *map(str, location)])
         if item["type"] == "extra_forbidden":
-            fields = _fields_at(item["loc"][:-1])
-            lines.append(f'unknown key "{path}"{_nearest(str(item["loc"][-1]), fields)}')
+            fields = _fields_at(location[:-1])
+            lines.append(f'unknown key "{path}"{_nearest(str(location[-1]), fields)}')
+        elif item["type"] == "missing" and isinstance(location[-1], int):
+            short = path.rpartition(".")[0]
+            lines.append(f"{short}: value {location[-1] + 1} is missing (got {item['input']!r})")
         elif item["type"] == "missing":
             lines.append(f'missing key "{path}"')
         else:
-            message = item["msg"].removeprefix("Value error, ")
+            message = _JSON_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
             given = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
             lines.append(f"{path}: {message}{given}")
     return "\n".join(lines)

@@ -86,7 +86,7 @@ def read_json(folder: Path, name: str) -> Any:
     """One of the export's JSON files. Raises ExportError in words."""
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ExportError(f"{folder} is not an exported sub-network: {name}: {err}") from err
 
 

@@ -81,7 +81,7 @@ class Arch:
 
 
 def _whole(name: str, value: float) -> int:
-    if isinstance(value, bool) or int(value) != value:
+    if isinstance(value, bool) or value % 1 != 0:  # of infinity it is no number
         raise ValueError(f"{name} must be whole numbers, got {value!r}")
     return int(value)
 

@@ -115,7 +115,10 @@ def make_demo_data(
         ValueError: `out` holds something else, or a set made with other settings (without `force`).
     """
     if train_per_class < 1 or test_per_class < 1:
-        raise ValueError("train_per_class and test_per_class must be at least 1")
+        raise ValueError(
+            "train_per_class and test_per_class must be at least 1, got "
+            f"{train_per_class} and {test_per_class}"
+        )
     settings = DemoSettings(seed, train_per_class, test_per_class)
     counts = settings.counts()
     if not force and _is_complete(out, settings):

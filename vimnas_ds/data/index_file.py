@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,13 +153,19 @@ def read_header(file: Path) -> Header:
     """Raises UnfitIndex if the file is no index of this format."""
     with _damage_in_words(file):
         meta = (pq.read_schema(file).metadata or {}).get(METADATA)
-        values = None if meta is None else json.loads(meta)
+        values = None if meta is None else dict(json.loads(meta))
     if values is None or values.get("format") != FORMAT:
         found = "none" if values is None else values.get("format")
         raise UnfitIndex(
             f"{file} is of index format {found}, this program reads {FORMAT}; delete it, and the "
             "next run builds a new one"
         )
+    if (
+        not {"name", "root", "section", "listing"}
+        <= values.keys()
+        <= {f.name for f in fields(Header)}
+    ):
+        raise UnfitIndex(f"{file} has a header of other keys: {sorted(values)}; delete it")
     return Header(**values)
 
 
@@ -210,7 +216,7 @@ def _damage_in_words(file: Path) -> Iterator[None]:
         raise UnfitIndex(
             f"cannot read the index {file} (Permission denied); give this user the right to read it"
         ) from error
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, RecursionError) as error:
         raise UnfitIndex(
             f"cannot read the index {file} ({str(error).splitlines()[0]}); delete it, and the next "
             "run builds a new one"

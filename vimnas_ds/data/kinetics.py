@@ -129,6 +129,10 @@ def _rows(name: str, file: Path) -> Iterator[_Row]:
             raise BadAnnotations(
                 f"{name}: {file}, row {line}: time_start and time_end must be seconds"
             ) from error
+        if "/" in (row["youtube_id"] or ""):
+            raise BadAnnotations(
+                f"{name}: {file}, row {line}: {row['youtube_id']!r} is not a YouTube id"
+            )
         if not row["label"] or not row["youtube_id"]:
             raise BadAnnotations(f"{name}: {file}, row {line}: label or youtube_id is empty")
         stem = f"{row['youtube_id']}_{begin:06d}_{end:06d}"

@@ -124,6 +124,7 @@ def build_shards(
     files = [out / shard_name(name, i) for i in range(len(plan.shards))]
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _check_own(name, out)
         with locked(out / ".make_shards", "choose another folder with --out"):
             _claim(name, out, plan, overwrite)
             (out / PARTS).mkdir(exist_ok=True)
@@ -212,15 +213,23 @@ def _closed(end: int) -> int:
     return _padded(end + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
 
 
-def _claim(name: str, out: Path, plan: Plan, overwrite: bool) -> None:
-    """Raises DataMissing unless the folder is empty or these shards' own."""
-    names = sorted(file.name for file in out.iterdir() if not file.name.startswith("."))
-    foreign = [file for file in names if not OURS.fullmatch(file)]
+def _visible(out: Path) -> list[str]:
+    return sorted(file.name for file in out.iterdir() if not file.name.startswith("."))
+
+
+def _check_own(name: str, out: Path) -> None:
+    """Raises DataMissing if the folder is not one of shards; nothing is written into it."""
+    foreign = [file for file in _visible(out) if not OURS.fullmatch(file)]
     if foreign:
         raise DataMissing(
             f"{name}: {out} holds other files too (first: {foreign[0]}); give the shards a folder "
             "of their own with --out"
         )
+
+
+def _claim(name: str, out: Path, plan: Plan, overwrite: bool) -> None:
+    """Raises DataMissing unless the folder is empty or these shards' own."""
+    names = _visible(out)
     if overwrite:
         for file in sorted(names, key=lambda file: file != INDEX):  # it first: no longer finished
             (out / file).unlink()

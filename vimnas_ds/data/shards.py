@@ -18,12 +18,13 @@ import json
 import os
 import zlib
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vimnas_ds.config import DatasetSection
@@ -90,13 +91,14 @@ def write_members(folder: Path, about: About, table: pa.Table) -> None:
 
 
 def read_members(folder: Path) -> tuple[About, pa.Table]:
-    """members.parquet. Raises UnfitIndex if it is damaged or of another format."""
+    """members.parquet. Raises UnfitIndex if it is damaged, of another format, or names a file
+    outside the dataset's root."""
     file = folder / MEMBERS
     anew = "make the shards anew: scripts/make_shards.py --overwrite"
     try:
         table = pq.read_table(file).combine_chunks()
-        values = json.loads((table.schema.metadata or {}).get(METADATA, b"{}"))
-    except (pa.ArrowException, OSError, ValueError) as error:
+        values = dict(json.loads((table.schema.metadata or {}).get(METADATA, b"{}")))
+    except (pa.ArrowException, OSError, ValueError, TypeError, RecursionError) as error:
         raise UnfitIndex(
             f"cannot read {file} ({str(error).splitlines()[0]}); copy it there again, or {anew}"
         ) from error
@@ -104,6 +106,12 @@ def read_members(folder: Path) -> tuple[About, pa.Table]:
         raise UnfitIndex(
             f"{file} is of shard format {values.get('format')}, this program reads {FORMAT}; {anew}"
         )
+    if values.keys() != {f.name for f in fields(About)} or not table.schema.equals(SCHEMA):
+        raise UnfitIndex(f"{file} has not the contents of its format; {anew}")
+    leaves = pc.match_substring_regex(table["path"], rb"^/|(^|/)\.\.(/|$)")
+    if pc.any(leaves).as_py():
+        path = table["path"].filter(leaves)[0].as_py().decode(*LOSSLESS)
+        raise UnfitIndex(f"{file} names {path!r}, which is not under the dataset's root; {anew}")
     return About(**values), table
 
 

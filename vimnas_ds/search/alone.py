@@ -96,11 +96,17 @@ class Trainings:
         return self.root / f"{number:02d}"
 
     def checkpoint(self, number: int) -> Path | None:
-        """Where a finished training left its weights; None if it is not finished."""
+        """Where a finished training left its weights; None if it is not finished.
+
+        Raises ConfigError if what it left names a place outside its folder.
+        """
         result = self.folder(number) / "result.json"
         if not result.is_file():
             return None
-        return self.folder(number) / json.loads(result.read_text())["checkpoint"]
+        found = self.folder(number) / json.loads(result.read_text())["checkpoint"]
+        if not found.resolve().is_relative_to(self.folder(number).resolve()):
+            raise ConfigError(f"{result} names {found}, which is not of that training: delete it")
+        return found
 
     def begin(self) -> None:
         """Write `root`'s settings, or see that they are these. Raises ConfigError, naming one."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from vimnas_ds.arguments import folder as folder_argument
 from vimnas_ds.config import ConfigError
 from vimnas_ds.data.bad import BadAnnotations, BadFile, DataMissing, TooManyBadFiles
 from vimnas_ds.export import ExportError
@@ -67,7 +68,10 @@ def add_search_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
         help="at most N samples of each select split, classes in turn; default: all",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"where results go; default: RUN/{folder}"
+        "--out",
+        type=folder_argument,
+        metavar="DIR",
+        help=f"where results go; default: RUN/{folder}",
     )
     add_cache_arguments(parser)
 
@@ -77,7 +81,7 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--cache",
-        type=Path,
+        type=folder_argument,
         metavar="DIR",
         help="where evaluations are kept for every later search; default: RUN/search_cache",
     )
@@ -101,9 +105,11 @@ def open_evaluations(
 
 def choose_datasets(run: TrainedNetwork, names: Sequence[str] | None) -> tuple[str, ...]:
     """The named datasets, all by default. Raises ConfigError for one the run does not have."""
-    for name in names or ():
+    for i, name in enumerate(names or ()):
         if name not in run.datasets:
             raise ConfigError(f"--datasets {name}: this run has {', '.join(run.datasets)}")
+        if name in (names or ())[:i]:
+            raise ConfigError(f"--datasets names {name} twice")
     return tuple(names) if names else run.datasets
 
 

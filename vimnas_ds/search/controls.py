@@ -114,7 +114,7 @@ def evaluations_of(result: Mapping[str, Any]) -> int | None:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {file}: {error}") from error
     return content if isinstance(content, dict) else {}
 

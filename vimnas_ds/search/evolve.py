@@ -37,13 +37,13 @@ class EvolutionOptions:
     def __post_init__(self) -> None:
         for name in ("population", "generations", "top_k", "attempts"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in ("crossovers", "mutations"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+                raise ConfigError(f"--{name} must be at least 0, got {getattr(self, name)}")
         for name in ("depth_probability", "block_probability"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+                raise ConfigError(f"--{name} must be between 0 and 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -214,13 +214,20 @@ def open_run(
         network.dtype,
         network.weights,
         network.ema,
-        load_file(str(path / ALPHAS_FILE)),
-        json.loads((path / POSITION_FILE).read_text()),
+        *_alphas_and_position(path),
         data,
         loaders,
         Evaluator(loaders, ranks, network.dtype, batch, cache_mb),
         ranks,
     )
+
+
+def _alphas_and_position(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        alphas = load_file(str(path / ALPHAS_FILE))
+        return alphas, json.loads((path / POSITION_FILE).read_text())
+    except (OSError, ValueError, SafetensorError) as err:
+        raise CheckpointError(f"{path}: its alphas or its position cannot be read: {err}") from err
 
 
 def thin_out(samples: Sequence[Sample], count: int) -> list[Sample]:

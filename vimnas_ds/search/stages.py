@@ -44,8 +44,6 @@ class TuningStages:
     """
 
     def __init__(self, folder: Path, tuner: Tuner, asked: Mapping[str, Any], keep: int, log: Path):
-        if keep < 1:
-            raise ConfigError(f"--keep must be at least 1, got {keep}")
         self.folder, self.tuner, self.keep, self.log = folder, tuner, keep, log
         run = tuner.run
         self.ranks = run.ranks

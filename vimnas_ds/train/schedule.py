@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vimnas_ds.config import RunConfig
+from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.layout import Activation
 from vimnas_ds.space import Arch, SearchSpace
 
@@ -66,7 +66,10 @@ class Schedule:
 
     @classmethod
     def build(cls, config: RunConfig, sizes: Mapping[str, int]) -> Schedule:
-        """From a configuration and the number of training files of each dataset."""
+        """From a configuration and the number of training files of each dataset.
+
+        Raises ConfigError for a warm-up that is longer than the run.
+        """
         section, batch = config.vimnas.schedule, config.global_batch
         image = config.vimnas.image_dataset
         image_steps = math.ceil(sizes[image] / batch) if image is not None else 0
@@ -76,6 +79,12 @@ class Schedule:
         if section.warmup_unit == "epochs":
             early = min(warmup, image_epochs)
             warmup = early * image_steps + (warmup - early) * joint_steps
+        total = image_epochs * image_steps + (section.epochs - image_epochs) * joint_steps
+        if warmup > total:
+            raise ConfigError(
+                f"vimnas.schedule.warmup {section.warmup:g} {section.warmup_unit} exceeds the "
+                f"run's {total:,} steps: the peak would never be reached"
+            )
         return cls(
             batch,
             dict(sizes),

@@ -12,10 +12,11 @@ import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vimnas_ds.config import ConfigError, RunConfig
+from vimnas_ds.config import ConfigError, ModelSection, RunConfig
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.train.run_files import (
     PLAIN_FILES,
@@ -26,10 +27,22 @@ from vimnas_ds.train.run_files import (
 )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from .safetensors or a torch file. Raises ConfigError in words."""
+def check_source(model: ModelSection) -> None:
+    """Raise ConfigError if what the weights are to come from is not there; nothing is loaded."""
+    if model.init is not None:
+        _check_file(model.init)
+    if model.inherit is not None:
+        find_checkpoint(model.inherit, PLAIN_FILES)
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(f"vimnas.model.init: there is no file {path}")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from .safetensors or a torch file. Raises ConfigError in words."""
+    _check_file(path)
     try:
         if path.suffix == ".safetensors":
             state = load_file(str(path))
@@ -112,7 +125,12 @@ def inherit(net: Supernet, source: Path, config: RunConfig) -> list[str]:
                 f"vimnas.model.inherit: {path} is of another network: {key} {theirs[key]}, "
                 f"here {value}"
             )
-    state, layouts = load_file(str(path / WEIGHTS_FILE)), net.layouts()
+    try:
+        state, layouts = load_file(str(path / WEIGHTS_FILE)), net.layouts()
+    except SafetensorError as err:
+        raise ConfigError(
+            f"vimnas.model.inherit: cannot read {path / WEIGHTS_FILE}: {err}"
+        ) from err
     kept = []
     for name, own in net.named_parameters():
         if name not in state:
