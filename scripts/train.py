@@ -32,6 +32,7 @@ from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyBadFiles
 from vimnas_ds.train.open_data import open_data
 from vimnas_ds.train.ranks import (
+    ALONE,
     CannotStart,
     RanksDisagree,
     rank_zero_decides,
@@ -147,13 +148,16 @@ def prepare(args: argparse.Namespace, watch: Watch) -> Trainer:
             check_source(config.vimnas.model)
         return str(start or "")
 
-    if world_size == 1:
-        check()  # at once; several ranks meet first, to hear what another cannot start with
-    ranks = start_ranks()
-    watch.join(ranks)
+    ranks = ALONE
+    if world_size > 1:  # they meet first, to hear what another cannot start with
+        ranks = start_ranks()
+        watch.join(ranks)
     config = run_together(check, ranks)
-    watch.set_limits(config.vimnas.faults)
     found = rank_zero_decides(choose, ranks)
+    if world_size == 1:
+        ranks = start_ranks()
+        watch.join(ranks)
+    watch.set_limits(config.vimnas.faults)
     start = Path(found) if found else None
     data = open_data(config.vimnas.data, ranks, Path(args.deepspeed_config))
     settle_on_cpu(config.vimnas.cpu_threads, ranks)

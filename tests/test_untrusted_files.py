@@ -32,6 +32,7 @@ from vimnas_ds.data.images import read_image
 from vimnas_ds.data.index_file import read_header
 from vimnas_ds.data.shards import read_members, write_members
 from vimnas_ds.export import ExportError, load_subnet
+from vimnas_ds.manifest import MANIFEST, FileEntry, write_manifest
 from vimnas_ds.search.alone import Trainings
 from vimnas_ds.search.run import open_network, open_run
 from vimnas_ds.train.engine import build_engine, build_supernet
@@ -129,7 +130,7 @@ def test_the_payload_would_run_where_it_was_let(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "read"),
     [
-        (WEIGHTS_FILE, lambda run: open_network(run, ONE)),
+        (WEIGHTS_FILE, lambda run: open_network(checkpoint_of(run), ONE)),
         (WEIGHTS_FILE, start_from),
         (WEIGHTS_FILE, weights_of_an_export),
         (ALPHAS_FILE, lambda run: open_run(run, ONE)),
@@ -139,7 +140,10 @@ def test_the_payload_would_run_where_it_was_let(tmp_path, monkeypatch):
 def test_pickles_in_place_of_safetensors_are_refused(
     write: Callable[[Path], None], file: str, read: Callable[[Path], Any], run: Path
 ) -> None:
-    write(checkpoint_of(run) / file)
+    checkpoint = checkpoint_of(run)
+    write(checkpoint / file)
+    files = {p.name: FileEntry.of(p) for p in checkpoint.iterdir() if p.name != MANIFEST}
+    write_manifest(checkpoint, files, {})  # whoever tampers with a file can sign it
     with pytest.raises((ConfigError, ExportError), match=r"(?i)header"):
         read(run)
     assert not Path("ran").exists()

@@ -35,6 +35,10 @@ class Ranks:
         return self.rank == 0
 
 
+#: one process that has started nothing yet
+ALONE = Ranks(0, 1, _CPU)
+
+
 def has_gpu() -> bool:
     """Whether work goes to a GPU: there is one and DS_ACCELERATOR does not say cpu."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
