@@ -679,7 +679,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """
     path = Path(path)
     try:
-        raw = _parse(path.read_text(encoding="utf-8-sig"), str(path))
+        raw = _parse(path.read_text(encoding="utf-8").removeprefix("\ufeff"), str(path))
     except OSError as err:
         raise ConfigError(f"cannot read the configuration {path}: {err.strerror}") from err
     except (json.JSONDecodeError, UnicodeDecodeError) as err:
