@@ -464,6 +464,7 @@ def test_a_wrong_command_line_ends_with_2_and_leaves_everything_alone(
     script, arguments, words, here, monkeypatch
 ):
     monkeypatch.chdir(here)
+    monkeypatch.delenv("MASTER_PORT", raising=False)  # of another test's process group
     for name, text in PLACES.items():
         arguments = re.sub(rf"\b{name}\b", text, arguments)
     before = files_in(here)
