@@ -346,7 +346,9 @@ def sandwich(bf16: bool, distill: bool) -> None:
     schedule = Schedule.build(config, {"imagenet": 8, "k400": 8})
     context = Drawer(schedule, net.space, {"imagenet": True, "k400": False}, 0, None, 2).draw()
     x, y = batch(0, context.dataset, torch.float32)
-    loaders = SimpleNamespace(batch=lambda *_: SimpleNamespace(x=x.clone(), y=y))
+    loaders = SimpleNamespace(
+        batch=lambda *_: SimpleNamespace(x=x.clone(), y=y), give_up=lambda: False
+    )
     stepper = WeightStepper(config, engine, loaders, ranks)  # type: ignore[arg-type]
     result = stepper.step(context, LR)
 

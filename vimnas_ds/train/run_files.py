@@ -100,7 +100,8 @@ def newest_first(root: Path) -> list[Path]:
     names = sorted(p.name for p in root.glob("step*") if p.is_dir())
     if (root / LATEST).is_file():
         named = (root / LATEST).read_text().strip()
-        names = [name for name in names if name <= named]
+        if named in names:  # else it is itself damaged, and says nothing
+            names = [name for name in names if name <= named]
     return [root / name for name in reversed(names)]
 
 
