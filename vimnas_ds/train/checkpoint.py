@@ -72,7 +72,7 @@ def save_checkpoint(
     tag = checkpoint_name(step)
     hidden = root / f".tmp-{tag}"
     try:
-        run_together(lambda: _prepare(hidden, engine) if ranks.is_main else None, ranks)
+        run_together(lambda: _prepare(hidden, engine) if ranks.is_main else None, ranks, True)
         whole = {WEIGHTS_FILE: engine.weights(keep=ranks.is_main)}
         if engine.optimizer.ema_decay is not None:
             whole[EMA_FILE] = engine.ema_weights(keep=ranks.is_main)
@@ -85,7 +85,7 @@ def save_checkpoint(
                 flush(file)  # by its writer: elsewhere it may still be in another machine's cache
             return {file.name: FileEntry.of(file) for file in written}
 
-        mine = run_together(write, ranks)
+        mine = run_together(write, ranks, True)
         files = {name: entry for part in gather_objects(mine) for name, entry in part.items()}
 
         def publish() -> None:
@@ -94,7 +94,7 @@ def save_checkpoint(
             write_text(root / LATEST, tag)
             finish_save(root, keep, step if is_best else None)
 
-        run_together(lambda: publish() if ranks.is_main else None, ranks)
+        run_together(lambda: publish() if ranks.is_main else None, ranks, True)
     except (OSError, SafetensorError, CannotStart) as err:
         if ranks.is_main:
             shutil.rmtree(hidden, ignore_errors=True)

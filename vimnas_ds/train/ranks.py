@@ -101,11 +101,13 @@ class CannotStart(RuntimeError):
     """What other ranks cannot start with, in their words."""
 
 
-def run_together(part: Callable[[], T], ranks: Ranks) -> T:
+def run_together(part: Callable[[], T], ranks: Ranks, within_timeout: bool = False) -> T:
     """part() on every rank; where it fails on one, no rank goes on.
 
     Ranks wait for the slowest as long as SEARCH_TIMEOUT, whatever the group's timeout is: one may
-    be building an index for hours. Therefore no collective is used, but the store they met in.
+    be building an index for hours. Therefore no collective is used, but the store they met in;
+    parts that take no longer than the group's timeout need no store, which a launcher may hold that
+    is gone (torchrun).
 
     Raises what part() raises here, else CannotStart with what it raised elsewhere, and where.
     """
@@ -116,7 +118,8 @@ def run_together(part: Callable[[], T], ranks: Ranks) -> T:
         value = part()
     except Exception as err:
         error = err
-    problems = _exchange("" if error is None else str(error) or repr(error), ranks)
+    problem = "" if error is None else str(error) or repr(error)
+    problems = gather_objects(problem) if within_timeout else _exchange(problem, ranks)
     if error is not None:
         raise error
     found = {problem: rank for rank, problem in reversed([*enumerate(problems)]) if problem}
