@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import shutil
 import signal
@@ -41,7 +42,7 @@ MOMENTS = ("save", "weight step", "evaluation", "alpha step", STARTING, "save", 
 VICTIMS = ("rank", "all", "launcher", "runner")
 PER_CLASS = 10  #: training files
 SECTION: dict[str, Any] = {
-    "schedule": {"epochs": 6, "warmup": 4, "warmup_unit": "steps"},
+    "schedule": {"epochs": 9, "warmup": 4, "warmup_unit": "steps"},
     "alpha": {"every": 1},
     # not multiples of each other: points between saves, saves between points
     "log": {"every": 7, "images_every": 20, "eval_every": 10, "eval_subnets": 1},
@@ -124,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no run is left behind
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
     out = args.out.resolve()
     config = write_config(out, PER_CLASS, **SECTION)
     spoil(config, 16)

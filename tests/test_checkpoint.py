@@ -88,6 +88,7 @@ def test_the_newest_and_the_best_are_kept(run):
     for step in (40, 50):
         fake(run.checkpoints, step)
     (run.checkpoints / ".tmp-step00000060").mkdir()
+    (run.checkpoints / ".new-best").write_text("step000")
     prune(run.checkpoints, 2)
     names = {p.name for p in run.checkpoints.iterdir()}
     assert names == {"step00000010", "step00000040", "step00000050", "latest", "best"}

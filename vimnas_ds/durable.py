@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 REPLACED = ".old-"  #: prefix of a folder that is being replaced
+FRESH = ".new-"  #: prefix of a file that will replace another
 
 
 def flush(path: Path) -> None:
@@ -20,7 +21,7 @@ def flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file by one that holds `text`; a reader sees the old one or the new one."""
-    fresh = path.with_name(f".new-{path.name}")
+    fresh = path.with_name(FRESH + path.name)
     fresh.write_text(text, encoding="utf-8")
     flush(fresh)
     fresh.replace(path)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vimnas_ds.durable import flush, publish_folder, write_text
+from vimnas_ds.durable import FRESH, flush, publish_folder, write_text
 from vimnas_ds.manifest import Damaged, FileEntry, read_manifest, write_manifest
 from vimnas_ds.seeds import derive_seed
 from vimnas_ds.train.engine import Engine
@@ -121,6 +121,8 @@ def prune(root: Path, keep: int) -> None:
             shutil.rmtree(old)
     for remains in root.glob(".tmp-*"):
         shutil.rmtree(remains)
+    for unnamed in root.glob(f"{FRESH}*"):
+        unnamed.unlink()
 
 
 def go_back(root: Path, tag: str) -> list[str]:
