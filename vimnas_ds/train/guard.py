@@ -171,10 +171,12 @@ class Rewinds:
     marks: list[int] = field(default_factory=list)  #: steps whose checkpoints are kept for a rewind
 
     def saved(self, step: int, safe: int, keep: int) -> None:
-        """A checkpoint of the schedule was saved after `step` steps. Besides the last `keep` the
-        newest one is kept that will do for whatever is found later (see `Guard.safe`)."""
+        """A checkpoint of the schedule was saved after `step` steps. Besides the last `keep` two
+        are kept: the newest that will do for whatever is found later (at most `safe` steps, see
+        `Guard.safe`), and the one that is to replace it."""
         marks = [mark for mark in self.marks if mark < step] + [step]
-        self.marks = sorted({self._newest(marks, safe), *marks[-keep:]})
+        coming = [mark for mark in marks if mark > safe][:1]
+        self.marks = sorted({self._newest(marks, safe), *coming, *marks[-keep:]})
 
     def answer(self, event: Event, step: int) -> int:
         """The mark to rewind to from `step`. Sets the learning rate: as it was on the first try at
