@@ -5,7 +5,8 @@ Per dataset (`Watch`), from its steps' losses and accuracies, means over all ran
     skipped   `skipped` steps in a row had non-finite gradients (weight and alpha steps apart)
     spike     `spike_steps` losses in a row > b + max(r (c - b), c / 4), and > 2 q - b
     collapse  the median of `collapse_steps` losses >= c - (1 - l) (c - best), or the mean top-1
-              <= a + (1 - l) (best - a), where the best such value had gained `collapse_gain`
+              <= a + (1 - l) (best - a), where the best over 4 times as many steps had gained
+              `collapse_gain` (looked at every `collapse_steps` / 10 steps)
 
 b and q are the median and the upper decile of the 100 losses before, r `spike_rise`, l
 `collapse_loss`. c and a are what a network gets that has learned the labels' frequencies p and
@@ -33,6 +34,8 @@ from vimnas_ds.config import GuardSection
 
 #: losses that a spike is compared with, and how few of them will do
 BASELINE, ENOUGH = 100, 30
+#: what had been gained is measured over this many times `collapse_steps`
+LONG = 4
 
 
 class Chance(NamedTuple):
@@ -75,9 +78,10 @@ class Watch:
 
     def __init__(self, name: str, section: GuardSection, chance: Chance):
         self.name, self.section, self.chance = name, section, chance
-        length = max(section.spike_steps + BASELINE, section.collapse_steps)
+        length = max(section.spike_steps + BASELINE, LONG * section.collapse_steps)
         self._seen: deque[Seen] = deque(maxlen=length)
         self._skipped: dict[str, list[int]] = {"weights": [], "alphas": []}
+        self._count = 0  #: applied steps
         self._best_loss, self._best_top1 = math.inf, 0.0
 
     def skip(self, part: str, step: int, was_applied: bool) -> Event | None:
@@ -94,6 +98,7 @@ class Watch:
     def add(self, seen: Seen) -> Event | None:
         """The next applied step; its loss is finite."""
         self._seen.append(seen)
+        self._count += 1
         return self._spike() or self._collapse()
 
     def first_step(self) -> int | None:
@@ -103,38 +108,38 @@ class Watch:
         return min([*skipped, *(s.step for s in list(self._seen)[-latest:][:1])], default=None)
 
     def _spike(self) -> Event | None:
-        count = self.section.spike_steps
-        losses = [s.loss for s in self._seen]
-        before, last = losses[:-count][-BASELINE:], losses[-count:]
-        if len(before) < ENOUGH:
+        count, chance = self.section.spike_steps, self.chance.loss
+        losses = [s.loss for s in list(self._seen)[-count - BASELINE :]]
+        before, lowest = losses[:-count], min(losses[-count:])
+        if len(before) < ENOUGH or lowest <= min(before) + chance / 4:  # the rule can but say no
             return None
         before.sort()
         usual, high = before[len(before) // 2], before[len(before) * 9 // 10]
-        chance = self.chance.loss
         rise = max(self.section.spike_rise * (chance - usual), chance / 4)
-        if not min(last) > max(usual + rise, 2 * high - usual):
+        if lowest <= max(usual + rise, 2 * high - usual):
             return None
-        words = f"{count} losses in a row of at least {min(last):.3f}, after {usual:.3f}"
+        words = f"{count} losses in a row of at least {lowest:.3f}, after {usual:.3f}"
         return self._event("spike", self._seen[-count].step, words)
 
     def _collapse(self) -> Event | None:
         section, (chance, top1_of_chance) = self.section, self.chance
         count, kept = section.collapse_steps, 1 - section.collapse_loss
-        if len(self._seen) < count:
+        if self._count % (count // 10) or len(self._seen) < LONG * count:
             return None
-        last = list(self._seen)[-count:]
-        loss = statistics.median(s.loss for s in last)
-        self._best_loss = min(self._best_loss, loss)
+        seen = list(self._seen)[-LONG * count :]
+        last, words = seen[-count:], ""
+        self._best_loss = min(self._best_loss, statistics.median(s.loss for s in seen))
         gained = chance - self._best_loss
-        words = ""
-        if gained >= section.collapse_gain * chance and loss >= chance - kept * gained:
-            words = f"loss {loss:.3f} over {count} steps, that of chance is {chance:.3f}"
-        rights = [s.top1 for s in last if s.top1 is not None]
-        if len(rights) == count:
-            top1 = statistics.fmean(rights)
-            self._best_top1 = max(self._best_top1, top1)
-            above = self._best_top1 - top1_of_chance
-            if above >= section.collapse_gain and top1 <= top1_of_chance + kept * above:
+        if gained >= section.collapse_gain * chance:
+            loss = statistics.median(s.loss for s in last)
+            if loss >= chance - kept * gained:
+                words = f"loss {loss:.3f} over {count} steps, that of chance is {chance:.3f}"
+        rights = [s.top1 for s in seen if s.top1 is not None]
+        if len(rights) == len(seen):
+            self._best_top1 = max(self._best_top1, statistics.fmean(rights))
+            gained = self._best_top1 - top1_of_chance
+            top1 = statistics.fmean(rights[-count:])
+            if gained >= section.collapse_gain and top1 <= top1_of_chance + kept * gained:
                 words = f"top-1 {top1:.1%} over {count} steps, chance is {top1_of_chance:.1%}"
         return self._event("collapse", last[0].step, words) if words else None
 
@@ -144,6 +149,7 @@ class Watch:
     def state_dict(self) -> dict[str, Any]:
         return {
             "seen": [list(s) for s in self._seen],
+            "count": self._count,
             "skipped": {k: list(v) for k, v in self._skipped.items()},
             "best": None if math.isinf(self._best_loss) else [self._best_loss, self._best_top1],
         }
@@ -151,6 +157,7 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._seen.clear()
         self._seen.extend(Seen(*values) for values in state["seen"])
+        self._count = state["count"]
         self._skipped = {k: list(v) for k, v in state["skipped"].items()}
         self._best_loss, self._best_top1 = state["best"] or (math.inf, 0.0)
 
