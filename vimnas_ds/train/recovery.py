@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from vimnas_ds.config import VimnasSection
+from vimnas_ds.config import ConfigError, VimnasSection
 from vimnas_ds.data.joint import JointData
 from vimnas_ds.train.checkpoint import go_back
-from vimnas_ds.train.guard import Event, Guard, Rewinds, Seen, chance_of
-from vimnas_ds.train.ranks import Ranks, run_together, sum_over_ranks
-from vimnas_ds.train.run_files import checkpoint_name
+from vimnas_ds.train.guard import Event, Guard, NotSound, Rewinds, Seen, chance_of
+from vimnas_ds.train.ranks import CannotStart, Ranks, run_together, sum_over_ranks
+from vimnas_ds.train.run_files import checkpoint_name, find_checkpoint
 from vimnas_ds.train.schedule import DataCursor
 from vimnas_ds.train.step import StepResult
 
@@ -75,6 +75,11 @@ class Recovery:
                 return event
         return None
 
+    def saved(self, done: int, keep: int) -> None:
+        """The configuration's checkpoint after `done` steps is being saved; `rewinds.marks` are
+        the ones that must stay."""
+        self.rewinds.saved(done, self.guard.safe(done), keep)
+
     def _summed(self) -> list[list[float]]:
         """A row for each step, over all ranks: float32 losses, so that float64 sums are exact,
         whatever their order."""
@@ -106,16 +111,26 @@ class Recovery:
 def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
     """Put the run back to a good checkpoint, past the data that it has met since (collective).
 
-    Raises NotSound when that was done too often near here.
+    Raises NotSound when that was done too often near here, or the checkpoint is damaged.
     """
-    position, rewinds = trainer.drawer.position, recovery.rewinds
+    position, rewinds, ranks = trainer.drawer.position, recovery.rewinds, trainer.ranks
     to = rewinds.answer(event, position.step)
-    root, name = trainer.files.checkpoints, checkpoint_name(to)
-    run_together(lambda: trainer.ranks.is_main and go_back(root, name), trainer.ranks)
+    path = trainer.files.checkpoints / checkpoint_name(to)
     decided, skipped = rewinds.state_dict(), trainer.skipped
-    run_together(lambda: trainer.restore(root / name), trainer.ranks)
+
+    def give_up_later() -> None:
+        find_checkpoint(path)
+        go_back(path.parent, path.name)
+
+    try:
+        run_together(lambda: give_up_later() if ranks.is_main else None, ranks)
+        run_together(lambda: trainer.restore(path), ranks)
+    except (ConfigError, CannotStart) as err:
+        raise NotSound(f"{rewinds.describe()[-1]}: it cannot be: {err}") from err
     rewinds.load_state_dict(decided)
     trainer.skipped, trainer.skipped_in_a_row = skipped, 0
+    if ranks.is_main:
+        trainer.finish_save()
     trainer.drawer.position = DataCursor(
         to, position.cursor, position.consumed, position.alpha_consumed
     )
