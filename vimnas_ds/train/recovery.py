@@ -114,6 +114,7 @@ def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
     Raises NotSound when that was done too often near here, or the checkpoint is damaged.
     """
     position, rewinds, ranks = trainer.drawer.position, recovery.rewinds, trainer.ranks
+    trainer.watch.at("rewind", position.step)
     to = rewinds.answer(event, position.step)
     path = trainer.files.checkpoints / checkpoint_name(to)
     decided, skipped = rewinds.state_dict(), trainer.skipped
