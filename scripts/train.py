@@ -11,9 +11,9 @@ Writes under vimnas.output_dir: train.log, tensorboard/, checkpoints/, summary.j
 about five minutes on two CPU cores; the reference runs' costs stand in their files.
 Exit codes of every rank: 0 done; 1 an unexpected error, or a rank that died or got stuck; 2 the
 configuration or the data cannot run (said before any work); 3 the run stopped itself (non-finite
-steps, broken data, ranks that disagree, a full disk); 75 pre-empted (SIGTERM, Ctrl-C, a launcher
-that is gone): saved, --resume continues. A launcher may make another code of it: status.json in
-vimnas.output_dir says how a run ended.
+steps, training that would not stay sound, broken data, ranks that disagree, a full disk); 75
+pre-empted (SIGTERM, Ctrl-C, a launcher that is gone): saved, --resume continues. A launcher may
+make another code of it: status.json in vimnas.output_dir says how a run ended.
 """
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ def prepare(args: argparse.Namespace, watch: Watch) -> Trainer:
 def run(trainer: Trainer, watch: Watch) -> int:
     """Train; how it ends is said on stderr by the rank that knows, and in the run's files."""
     from vimnas_ds.train.checkpoint import SaveFailed
+    from vimnas_ds.train.guard import NotSound
     from vimnas_ds.train.loop import Preempted, TooManySkippedSteps
 
     text, code = "done", Exit.DONE
@@ -176,7 +177,14 @@ def run(trainer: Trainer, watch: Watch) -> int:
         trainer.run()
     except Preempted as end:
         text, code = str(end), Exit.RESUMABLE
-    except (TooManySkippedSteps, DataMissing, TooManyBadFiles, RanksDisagree, SaveFailed) as err:
+    except (
+        TooManySkippedSteps,
+        NotSound,
+        DataMissing,
+        TooManyBadFiles,
+        RanksDisagree,
+        SaveFailed,
+    ) as err:
         watch.fail(err, Exit.STOPPED)
     except BaseException as err:
         watch.fail(err)

@@ -442,6 +442,47 @@ class FaultsSection(Section):
     )
 
 
+class GuardSection(Section):
+    """The collapse guard: rewinds to a good checkpoint when training is no longer sound. Steps of
+    a dataset are those that draw it."""
+
+    enabled: bool | None = Field(None, description="null: on for the spaces vit_b and vit_l")
+    every: int = Field(
+        10, ge=1, description="Steps between judgements; each costs one small all-reduce"
+    )
+    skipped: int = Field(
+        3, ge=2, description="Non-finite steps of a dataset in a row that are an event"
+    )
+    spike_steps: int = Field(
+        10, ge=3, description="Steps of a dataset in a row whose loss is far above the usual"
+    )
+    spike_rise: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="Far above: this share of the way from the usual loss to that of chance"
+    )
+    collapse_steps: int = Field(
+        50, ge=10, description="Steps of a dataset over which loss or accuracy is that of chance"
+    )
+    collapse_loss: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.9, description="That of chance: this share of what was gained over it is lost again"
+    )
+    collapse_gain: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.15,
+        description="What must have been gained before: share of the loss of chance, or accuracy",
+    )
+    margin: int = Field(
+        100,
+        ge=0,
+        description="Steps between the checkpoint rewound to and the first bad step (PaLM: 100)",
+    )
+    max_rewinds: int = Field(5, ge=1, description="Rewinds at one place; then the run stops")
+    near: int = Field(
+        1000, ge=1, description="Events at most this many steps after one another are at one place"
+    )
+    lr_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="On the learning rate at every further rewind at one place"
+    )
+
+
 class ArchSection(Section):
     """One sub-network of the space, spelled as in arch.json."""
 
@@ -483,6 +524,7 @@ class VimnasSection(Section):
         CheckpointSection(), description=CheckpointSection.__doc__
     )
     faults: FaultsSection = Field(FaultsSection(), description=FaultsSection.__doc__)
+    guard: GuardSection = Field(GuardSection(), description=GuardSection.__doc__)
 
     @model_validator(mode="after")
     def _consistent(self) -> VimnasSection:
@@ -543,6 +585,12 @@ class VimnasSection(Section):
         """The dataset of the image phase, None if there is no image dataset."""
         images = (n for n, d in self.data.datasets.items() if d.is_image)
         return self.schedule.image_dataset or next(images, None)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the collapse guard is on."""
+        enabled = self.guard.enabled
+        return self.space in ("vit_b", "vit_l") if enabled is None else enabled
 
     @property
     def peak_lr(self) -> float:

@@ -36,8 +36,17 @@ class Board:
         self._log_dir = log_dir
         self._writer: SummaryWriter | None = None
         if enabled:
-            _wait_for_newer_name(log_dir)
-            self._writer = SummaryWriter(str(log_dir), purge_step=step, flush_secs=30)
+            self._open(step)
+
+    def _open(self, step: int) -> None:
+        _wait_for_newer_name(self._log_dir)
+        self._writer = SummaryWriter(str(self._log_dir), purge_step=step, flush_secs=30)
+
+    def reopen(self, step: int) -> None:
+        """Go on from `step`, which was passed before: what was written from there on is purged."""
+        if self._writer is not None:
+            self.close()
+            self._open(step)
 
     def train_loss(self, step: int, dataset: str, loss: float, top1: float | None) -> None:
         """Weight steps on one dataset since the last point; `top1` None where labels are mixed."""
@@ -119,6 +128,14 @@ class Board:
             title = f"{kind}: times sampled"
             figure = pictures.bars(title, _labels(options), values, "count", uniform)
             self._picture(f"sampled/{kind}", pictures.render(figure), step)
+
+    def guard(self, step: int, lines: Sequence[str], lr_factor: float) -> None:
+        """After a rewind, at the first step to be done again: all events so far, since the rewind
+        purged what had been written of those that were met after that step."""
+        if self._writer is not None:
+            self._writer.add_text("guard/events", "".join(f"    {line}\n" for line in lines), step)
+        self._scalar("guard/rewinds", len(lines), step)
+        self._scalar("guard/lr_factor", lr_factor, step)
 
     def contact_sheet(
         self, step: int, dataset: str, x: Tensor, y: Tensor, class_names: Sequence[str]

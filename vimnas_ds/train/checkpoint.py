@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,10 @@ def save_checkpoint(
     ranks: Ranks,
     keep: int,
     is_best: bool = False,
+    spared: Collection[int] = (),
 ) -> Path:
     """Save everything under root/stepNNNNNNNN on all ranks, and name it in `latest` (and `best`);
-    the newest `keep` and the best stay. Collective.
+    the newest `keep`, the best and those of the steps `spared` stay. Collective.
 
     Raises SaveFailed on all ranks when one cannot write; what was saved before is left alone.
     """
@@ -92,7 +93,7 @@ def save_checkpoint(
             write_manifest(hidden, files, {"step": step, "world_size": ranks.world_size})
             publish_folder(hidden, root / tag)
             write_text(root / LATEST, tag)
-            finish_save(root, keep, step if is_best else None)
+            finish_save(root, keep, step if is_best else None, spared)
 
         run_together(lambda: publish() if ranks.is_main else None, ranks, True)
     except (OSError, SafetensorError, CannotStart) as err:
@@ -105,19 +106,22 @@ def save_checkpoint(
     return root / tag
 
 
-def finish_save(root: Path, keep: int, best: int | None) -> None:
+def finish_save(root: Path, keep: int, best: int | None, spared: Collection[int] = ()) -> None:
     """Name the best step, if there is one, and delete what need not be kept. A resumed run does
     it again, for the save that it goes on from may have died over it."""
     if best is not None and (root / checkpoint_name(best)).is_dir():
         write_text(root / BEST, checkpoint_name(best))
-    prune(root, keep)
+    prune(root, keep, spared)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best; remains of dead saves too."""
-    best = (root / BEST).read_text().strip() if (root / BEST).is_file() else None
+def prune(root: Path, keep: int, spared: Collection[int] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints, the best and those of the steps `spared`;
+    remains of dead saves too."""
+    stay = {checkpoint_name(step) for step in spared}
+    if (root / BEST).is_file():
+        stay.add((root / BEST).read_text().strip())
     for old in newest_first(root)[keep:]:
-        if old.name != best:
+        if old.name not in stay:
             shutil.rmtree(old)
     for remains in root.glob(".tmp-*"):
         shutil.rmtree(remains)

@@ -39,6 +39,7 @@ from vimnas_ds.train.faults import FaultReport
 from vimnas_ds.train.meters import ChoiceCounts, Interval, Meters
 from vimnas_ds.train.plan import coming_batches
 from vimnas_ds.train.ranks import Ranks, StopAsked, Wish, check_agreement, run_together
+from vimnas_ds.train.recovery import Recovery, Taken, rewind
 from vimnas_ds.train.run_files import RunFiles, check_same_network, claim_folder
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
 from vimnas_ds.train.status import Exit, Status
@@ -95,6 +96,7 @@ class Trainer:
         self.meters = Meters(list(section.data.datasets), ranks)
         self.skipped = self.skipped_in_a_row = 0
         self.best = Best()
+        self.recovery = Recovery(section, data, ranks) if section.guarded else None
         self._saved: int | None = None  # the step whose checkpoint is the latest
         self._owes_evaluation = False  # one that was broken off, or is under way
         self._faults_before: dict[str, Any] | None = None
@@ -104,11 +106,12 @@ class Trainer:
         position, later = DataCursor(), list[str]()
         if checkpoint is not None:
             position = run_together(lambda: self.restore(checkpoint), ranks)
-            if ranks.is_main and checkpoint.parent.resolve() == self.files.checkpoints.resolve():
+            continues = checkpoint.parent.resolve() == self.files.checkpoints.resolve()
+            if ranks.is_main and continues:
                 later = go_back(checkpoint.parent, checkpoint.name)
-                keeping = section.checkpoint
-                best = self.best.step if keeping.keep_best else None
-                finish_save(checkpoint.parent, keeping.keep, best)
+                self.finish_save()
+            if self.recovery is not None and not continues:
+                self.recovery.rewinds.marks.clear()  # they are elsewhere
         labels = {name: catalog.class_names for name, catalog in data.catalogs.items()}
         claim_folder(self.files, config, labels, ranks, checkpoint is None)  # the run has begun
         is_image = {name: d.is_image for name, d in section.data.datasets.items()}
@@ -146,6 +149,8 @@ class Trainer:
         """Weight step and alpha step."""
         name = context.dataset
         lr = self.schedule.lr(context.step)
+        if self.recovery is not None:
+            lr *= self.recovery.rewinds.lr_factor
         keep = self.ranks.is_main and name in self._unseen
         result = self.stepper.step(context, lr, keep, self._wish())
         if self.stepper.latest is not None:
@@ -158,9 +163,12 @@ class Trainer:
         self.drawer.advance(context)
         for arch in context.random_archs:
             self.choices.add(arch)
-        waited = result.waited
+        waited, alphas = result.waited, None
         if self.learns_alphas and context.step % self.section.alpha.every == 0:
             waited += self._alpha_step(context)
+            alphas = self.learner.was_applied
+        if self.recovery is not None:
+            self.recovery.add(Taken(context.step, name, self.engine.was_applied, alphas), result)
         return StepSummary(waited, lr, Wish(result.wishes))
 
     def _wish(self) -> Wish:
@@ -198,7 +206,8 @@ class Trainer:
             f"step {context.step + 1}: {what} was skipped, non-finite gradient on "
             f"{context.dataset} with {context.archs[0]} ({self.skipped_in_a_row} in a row)"
         )
-        if self.skipped_in_a_row >= self.section.optimizer.max_skipped:
+        # a guarded run rewinds instead (see `recovery`)
+        if self.recovery is None and self.skipped_in_a_row >= self.section.optimizer.max_skipped:
             raise TooManySkippedSteps(
                 f"{self.skipped_in_a_row} steps in a row had non-finite gradients, the last on "
                 f"{context.dataset}: lower the learning rate, or switch on qk_norm, layer_scale or "
@@ -233,10 +242,12 @@ class Trainer:
             f"{'bf16' if self.engine.dtype == torch.bfloat16 else 'fp32'} on "
             f"{self.ranks.device.type}"
         )
-        self.console.say(str(self._read_ahead()))
+        self.console.say(str(self.read_ahead()))
         if self._owes_evaluation:
             self.evaluate(self.drawer.position.step)
             self.save(self.drawer.position.step)
+        if self.recovery is not None and not self.recovery.rewinds.marks:
+            self.save(self.drawer.position.step)  # so that there is always one to rewind to
         interval = Interval(self.config.global_batch)
         while (step := self.drawer.position.step) < total:
             context = self.drawer.draw()
@@ -244,6 +255,11 @@ class Trainer:
                 taken = self.train_step(context)
             interval.waited += taken.waited
             done = step + 1
+            if self.recovery is not None and (done % self.recovery.every == 0 or done == total):
+                event = self.recovery.judge()
+                if event is not None:
+                    rewind(self, self.recovery, event)
+                    continue
             if done % log.every == 0 or done in (1, total):  # the same ones, resumed or not
                 self._log(context, taken.lr, interval)
             if done % log.images_every == 0 or done == total:
@@ -252,12 +268,17 @@ class Trainer:
             due = Wish.SAVE in taken.wishes
             if done == total or (done % log.eval_every == 0 if log.eval_every else ends):
                 due |= self.evaluate(done)
-            every = section.checkpoint.every
-            if due or done == total or (done % every == 0 if every else ends):
+            if due or self._saves_at(done):
                 self.save(done)
         return self.summarise()
 
-    def _read_ahead(self) -> Capacity:
+    def _saves_at(self, done: int) -> bool:
+        """Whether the configuration has a checkpoint after `done` steps."""
+        every, ends = self.section.checkpoint.every, self.schedule.is_epoch_end(done - 1)
+        return done == self.schedule.total_steps or (done % every == 0 if every else ends)
+
+    def read_ahead(self) -> Capacity:
+        """Have batches made ahead from the present place in the data on."""
         sizes = {"train": self.config.global_batch}
         if self.learns_alphas:
             sizes["alpha"] = self.config.alpha_batch
@@ -382,6 +403,9 @@ class Trainer:
         started = time.monotonic()
         self.watch.at("save", done)
         self.faults.collect(done)
+        root, keeping, guard = self.files.checkpoints, self.section.checkpoint, self.recovery
+        if guard is not None and (not guard.rewinds.marks or self._saves_at(done)):
+            guard.saved(done, keeping.keep)
         self.board.flush()  # a resumed run writes no point of these steps again
         state = {
             "position": self.drawer.position.state_dict(),
@@ -394,11 +418,13 @@ class Trainer:
             "unseen": sorted(self._unseen),
             "alpha_losses": dict(self._alpha_losses),
             "owes_evaluation": self._owes_evaluation,
+            "guard": None if guard is None else guard.state_dict(),
             "identity": self._identity(),
         }
-        root, keeping = self.files.checkpoints, self.section.checkpoint
-        is_best = keeping.keep_best and self.best.step == done
-        path = save_checkpoint(root, done, self.engine, state, self.ranks, keeping.keep, is_best)
+        is_best = keeping.keep_best and 0 < self.best.step == done  # 0: nothing is scored yet
+        path = save_checkpoint(
+            root, done, self.engine, state, self.ranks, keeping.keep, is_best, self._spared
+        )
         self._saved, self._saved_at = done, time.monotonic()
         if self.ranks.is_main:
             size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
@@ -406,6 +432,18 @@ class Trainer:
                 f"saved {path.name}: {size:,.1f} MB in {self._saved_at - started:.1f} s"
             )
         return path
+
+    @property
+    def _spared(self) -> list[int]:
+        """Steps whose checkpoints the guard may need."""
+        return [] if self.recovery is None else self.recovery.rewinds.marks
+
+    def finish_save(self) -> None:
+        """After going back to a checkpoint, the main rank alone: what its save may have died
+        over."""
+        keeping = self.section.checkpoint
+        best = (self.best.step or None) if keeping.keep_best else None
+        finish_save(self.files.checkpoints, keeping.keep, best, self._spared)
 
     def restore(self, checkpoint: Path) -> DataCursor:
         """Everything as it was at the checkpoint, on this rank; returns the place in the data.
@@ -426,6 +464,8 @@ class Trainer:
         self.best.load_state_dict(state["best"])
         self._unseen = set(state["unseen"])
         self._alpha_losses = state["alpha_losses"]
+        if self.recovery is not None and state["guard"] is not None:
+            self.recovery.load_state_dict(state["guard"])
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self._faults_before = state["faults"]
         self._owes_evaluation = state["owes_evaluation"]

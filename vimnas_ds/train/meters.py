@@ -95,5 +95,6 @@ class ChoiceCounts:
         return {kind: dict(sorted(choices.items())) for kind, choices in self.counts.items()}
 
     def load_state_dict(self, state: dict[str, dict[float, int]]) -> None:
+        self.counts.clear()
         for kind, choices in state.items():
             self.counts[kind].update(choices)

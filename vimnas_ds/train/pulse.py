@@ -31,7 +31,7 @@ BEAT = 1.0
 LONGEST, PATIENCE = 2**16, 5
 #: Times the limit that an activity may take: before the run has begun an index may be built, and
 #: a checkpoint may go to slow storage.
-ALLOWANCE = {"start": math.inf, "save": 3.0}
+ALLOWANCE = {"start": math.inf, "save": 3.0, "rewind": 3.0}
 
 
 @dataclass(frozen=True)
