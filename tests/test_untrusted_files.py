@@ -155,7 +155,7 @@ def test_latest_cannot_lead_out_of_the_run_and_hides_nothing(run, tmp_path):
     for text in ("../../elsewhere", str(elsewhere)):
         latest.write_text(text)
         assert find_checkpoint(run) == checkpoint_of(run)
-        with pytest.raises(ConfigError, match="no checkpoint at .*checkpoints/elsewhere"):
+        with pytest.raises(ConfigError, match=r"no checkpoint at .*checkpoints/elsewhere"):
             find_checkpoint(latest)
 
 
