@@ -129,6 +129,7 @@ def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
     except (ConfigError, CannotStart) as err:
         raise NotSound(f"{rewinds.describe()[-1]}: it cannot be: {err}") from err
     rewinds.load_state_dict(decided)
+    recovery.guard.restart(to)
     trainer.skipped, trainer.skipped_in_a_row = skipped, 0
     if ranks.is_main:
         trainer.finish_save()
