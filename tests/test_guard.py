@@ -238,6 +238,22 @@ def test_a_restored_guard_goes_on_alike():
     assert run(whole[0] - 1) == run(2501) == run(1) == whole
 
 
+def test_after_a_rewind_only_new_steps_are_an_event():
+    """The state of the checkpoint holds steps that had nearly made an event."""
+    guard = Guard(SECTION, chances())
+    steps = [("tiny", Seen(step, 0.4 * math.log(8), None)) for step in range(300)]
+    steps += [("tiny", Seen(step, 1.2 * math.log(8), None)) for step in range(300, 309)]
+    steps += [("tiny", Seen(309, math.nan, None)), ("tiny", Seen(310, math.nan, None))]
+    assert first_event(iter(steps), guard) is None
+    guard.restart(311)
+    for step in range(311, 330):
+        event = guard.observe("tiny", Seen(step, 1.2 * math.log(8), None))
+        if event:
+            break
+    assert event
+    assert (event.onset, step) == (311, 320)
+
+
 def test_the_learning_rate_falls_from_the_second_try_at_a_place_and_tries_are_bounded():
     section = GuardSection(max_rewinds=3, near=500, margin=50)
     rewinds = Rewinds(section)
@@ -277,12 +293,13 @@ def test_a_checkpoint_that_is_good_enough_is_always_kept():
         done = seen.step + 1
         if done % 50 == 0:
             rewinds.saved(done, guard.safe(done), keep=2)
-            assert len(rewinds.marks) <= 4
+            assert len(rewinds.marks) <= 5
             limit = guard.safe(done)
             assert rewinds.marks[0] <= max(limit, 0)
             longest = max(longest, done - limit)
-            assert done - rewinds.marks[0] <= 3 * longest + 100  # not much older than it must be
-    assert rewinds.marks[0] > 3000
+            # not much older than they must be
+            assert done - rewinds.marks[0] <= 4 * longest + 100
+    assert rewinds.marks[0] > 2000
 
 
 def test_the_guard_is_on_for_the_large_spaces_unless_told_otherwise():

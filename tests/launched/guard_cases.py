@@ -31,6 +31,9 @@ ranks = start_ranks()
 settle_on_cpu(1, ranks)
 
 
+Done = tuple[int, int, float]  #: step, cursor, learning rate
+
+
 class Killed(Exception):
     pass
 
@@ -48,9 +51,9 @@ def build(name: str, *values: str, resume: bool = False) -> Trainer:
     return Trainer(config, data, ranks, find_checkpoint(folder / name) if resume else None)
 
 
-def watch(trainer: Trainer, before: Callable[[StepContext], None]) -> list[tuple[int, int, float]]:
-    """Calls `before` ahead of every step; (step, cursor, learning rate) of all."""
-    inner, seen = trainer.stepper.step, []
+def watch(trainer: Trainer, seen: list[Done], before: Callable[[StepContext], None]) -> None:
+    """Calls `before` ahead of every step, and writes down all in `seen`."""
+    inner = trainer.stepper.step
 
     def step(context: StepContext, lr: float, *args: object) -> StepResult:
         seen.append((context.step, context.cursor, lr))
@@ -58,7 +61,6 @@ def watch(trainer: Trainer, before: Callable[[StepContext], None]) -> list[tuple
         return inner(context, lr, *args)
 
     trainer.stepper.step = step
-    return seen
 
 
 def spoil(trainer: Trainer, factor: float) -> None:
@@ -72,29 +74,29 @@ def faults(name: str, killed: bool = False) -> None:
     """NaN at the 25th batch, weights blown up at the 80th and, near there, at the 120th. `killed`:
     the process ends soon after the third rewind, before another save, and is started again."""
     bad = {25: math.nan, 80: 20.0, 120: 20.0}
-    trainer = build(name)
+    trainer, seen = build(name), list[Done]()
 
     def before(context: StepContext) -> None:
         history = trainer.recovery.rewinds.history
-        if killed and len(history) == 3 and context.step == 80 and len(seen) > 10:
+        if killed and len(history) == 3 and context.step == 80:
             raise Killed
         if context.cursor in bad:
             spoil(trainer, bad[context.cursor])
 
-    seen = watch(trainer, before)
+    watch(trainer, seen, before)
+    again = 0
     try:
         trainer.run()
     except Killed:
         trainer.close()
         dist.barrier()
-        trainer = build(name, resume=True)
-        killed, again = False, len(seen)
-        seen += watch(trainer, before)
+        trainer, killed, again = build(name, resume=True), False, len(seen)
+        watch(trainer, seen, before)
         trainer.run()
-        report(f"{name}_resumed", started_at=seen[again][0] if len(seen) > again else -1)
     report(
         name,
         seen=seen,
+        again=again,
         history=trainer.recovery.rewinds.history,
         skipped=trainer.skipped,
         checkpoints=sorted(p.name for p in trainer.files.checkpoints.glob("step*")),
@@ -106,10 +108,10 @@ def faults(name: str, killed: bool = False) -> None:
 
 def collapse(name: str, guarded: bool) -> None:
     """A warm-up to a learning rate at which the supernet learns first and then collapses."""
-    values = ["vimnas.schedule.epochs=60", "vimnas.schedule.lr=0.18", "vimnas.schedule.warmup=240"]
+    values = ["vimnas.schedule.epochs=80", "vimnas.schedule.lr=0.4", "vimnas.schedule.warmup=320"]
     values += ["vimnas.alpha.enabled=false", f"vimnas.guard.enabled={str(guarded).lower()}"]
     values += ["vimnas.guard.collapse_steps=20", "vimnas.guard.collapse_gain=0.1"]
-    values += ["vimnas.guard.margin=20", "vimnas.guard.lr_factor=0.1", "vimnas.guard.near=100"]
+    values += ["vimnas.guard.margin=20", "vimnas.guard.lr_factor=0.05", "vimnas.guard.near=100"]
     values += ["vimnas.checkpoint.every=20"]
     trainer = build(name, *values)
     losses, rights = [], []
@@ -121,7 +123,8 @@ def collapse(name: str, guarded: bool) -> None:
         take(dataset, loss, correct, count)
 
     trainer.meters.add = add
-    seen = watch(trainer, lambda context: None)
+    seen: list[Done] = []
+    watch(trainer, seen, lambda context: None)
     trainer.run()
     report(
         name,

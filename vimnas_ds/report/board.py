@@ -129,12 +129,12 @@ class Board:
             figure = pictures.bars(title, _labels(options), values, "count", uniform)
             self._picture(f"sampled/{kind}", pictures.render(figure), step)
 
-    def guard(self, step: int, lines: Sequence[str], lr_factor: float) -> None:
+    def guard(self, step: int, lines: Sequence[str], rewinds: int, lr_factor: float) -> None:
         """After a rewind, at the first step to be done again: all events so far, since the rewind
         purged what had been written of those that were met after that step."""
         if self._writer is not None:
             self._writer.add_text("guard/events", "".join(f"    {line}\n" for line in lines), step)
-        self._scalar("guard/rewinds", len(lines), step)
+        self._scalar("guard/rewinds", rewinds, step)
         self._scalar("guard/lr_factor", lr_factor, step)
 
     def contact_sheet(

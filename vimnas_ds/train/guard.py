@@ -82,7 +82,13 @@ class Watch:
         self._seen: deque[Seen] = deque(maxlen=length)
         self._skipped: dict[str, list[int]] = {"weights": [], "alphas": []}
         self._count = 0  #: applied steps
+        self._since = 0  #: steps before this one are what later ones are compared with, no more
         self._best_loss, self._best_top1 = math.inf, 0.0
+
+    def restart(self, step: int) -> None:
+        """After a rewind to `step`, where all was well: only what comes now can be an event."""
+        self._since = step
+        self._skipped = {part: [] for part in self._skipped}
 
     def skip(self, part: str, step: int, was_applied: bool) -> Event | None:
         """Whether the step of "weights" or "alphas" was applied."""
@@ -111,7 +117,9 @@ class Watch:
         count, chance = self.section.spike_steps, self.chance.loss
         losses = [s.loss for s in list(self._seen)[-count - BASELINE :]]
         before, lowest = losses[:-count], min(losses[-count:])
-        if len(before) < ENOUGH or lowest <= min(before) + chance / 4:  # the rule can but say no
+        if len(before) < ENOUGH or self._seen[-count].step < self._since:
+            return None
+        if lowest <= min(before) + chance / 4:  # the rule can but say no
             return None
         before.sort()
         usual, high = before[len(before) // 2], before[len(before) * 9 // 10]
@@ -128,6 +136,8 @@ class Watch:
             return None
         seen = list(self._seen)[-LONG * count :]
         last, words = seen[-count:], ""
+        if last[0].step < self._since:
+            return None
         self._best_loss = min(self._best_loss, statistics.median(s.loss for s in seen))
         gained = chance - self._best_loss
         if gained >= section.collapse_gain * chance:
@@ -150,6 +160,7 @@ class Watch:
         return {
             "seen": [list(s) for s in self._seen],
             "count": self._count,
+            "since": self._since,
             "skipped": {k: list(v) for k, v in self._skipped.items()},
             "best": None if math.isinf(self._best_loss) else [self._best_loss, self._best_top1],
         }
@@ -157,7 +168,7 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._seen.clear()
         self._seen.extend(Seen(*values) for values in state["seen"])
-        self._count = state["count"]
+        self._count, self._since = state["count"], state["since"]
         self._skipped = {k: list(v) for k, v in state["skipped"].items()}
         self._best_loss, self._best_top1 = state["best"] or (math.inf, 0.0)
 
@@ -178,12 +189,13 @@ class Rewinds:
     marks: list[int] = field(default_factory=list)  #: steps whose checkpoints are kept for a rewind
 
     def saved(self, step: int, safe: int, keep: int) -> None:
-        """A checkpoint of the schedule was saved after `step` steps. Besides the last `keep` two
+        """A checkpoint of the schedule was saved after `step` steps. Besides the last `keep` three
         are kept: the newest that will do for whatever is found later (at most `safe` steps, see
-        `Guard.safe`), and the one that is to replace it."""
+        `Guard.safe`), the one before it, and the one that is to replace it."""
         marks = [mark for mark in self.marks if mark < step] + [step]
-        coming = [mark for mark in marks if mark > safe][:1]
-        self.marks = sorted({self._newest(marks, safe), *coming, *marks[-keep:]})
+        good = [mark for mark in marks if mark <= safe]
+        coming = marks[len(good) :]
+        self.marks = sorted({*(good[-2:] or marks[:1]), *coming[:1], *marks[-keep:]})
 
     def answer(self, event: Event, step: int) -> int:
         """The mark to rewind to from `step`. Sets the learning rate: as it was on the first try at
@@ -203,14 +215,11 @@ class Rewinds:
             )
         if self.tries > 1:
             self.lr_factor *= section.lr_factor
-        to = self._newest(self.marks, event.onset - section.margin)
+        good = [mark for mark in self.marks if mark <= event.onset - section.margin]
+        to = good[-1] if good else self.marks[0]
         self.marks = [mark for mark in self.marks if mark <= to]
         self.history.append({**asdict(event), "step": step, "to": to, "lr_factor": self.lr_factor})
         return to
-
-    @staticmethod
-    def _newest(marks: list[int], limit: int) -> int:
-        return max((mark for mark in marks if mark <= limit), default=marks[0])
 
     def describe(self) -> list[str]:
         """A line for each event."""
@@ -257,6 +266,11 @@ class Guard:
         if sound:
             event = event or watch.add(seen)
         return event
+
+    def restart(self, step: int) -> None:
+        """See `Watch.restart`."""
+        for watch in self._watches.values():
+            watch.restart(step)
 
     def safe(self, step: int) -> int:
         """What is found after `step` steps or later is answered by a checkpoint of this step."""

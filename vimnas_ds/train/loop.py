@@ -390,6 +390,7 @@ class Trainer:
             "replaced_by_reason": {k: dict(v) for k, v in self.faults.reasons.items() if v},
             "slow_batches": self.faults.slow_batches,
             "files_left_out": {k: len(v) for k, v in self.faults.left_out.items() if v},
+            "rewinds": [] if self.recovery is None else self.recovery.rewinds.describe(),
         }
         summary = write_summary(self.config, self.data, self.files, picks, scores, faults)
         for line in summary["table"].splitlines():

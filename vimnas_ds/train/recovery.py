@@ -115,7 +115,12 @@ def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
     """
     position, rewinds, ranks = trainer.drawer.position, recovery.rewinds, trainer.ranks
     trainer.watch.at("rewind", position.step)
-    to = rewinds.answer(event, position.step)
+    try:
+        to = rewinds.answer(event, position.step)
+    except NotSound as err:
+        lines = [*rewinds.describe(), str(err)]
+        trainer.board.guard(position.step, lines, len(rewinds.history), rewinds.lr_factor)
+        raise
     path = trainer.files.checkpoints / checkpoint_name(to)
     decided, skipped = rewinds.state_dict(), trainer.skipped
 
@@ -129,6 +134,7 @@ def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
     except (ConfigError, CannotStart) as err:
         raise NotSound(f"{rewinds.describe()[-1]}: it cannot be: {err}") from err
     rewinds.load_state_dict(decided)
+    recovery.guard.restart(to)
     trainer.skipped, trainer.skipped_in_a_row = skipped, 0
     if ranks.is_main:
         trainer.finish_save()
@@ -138,5 +144,5 @@ def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
     lines = rewinds.describe()
     trainer.console.say(f"guard: {lines[-1]}")
     trainer.board.reopen(to + 1)
-    trainer.board.guard(to + 1, lines, rewinds.lr_factor)
+    trainer.board.guard(to + 1, lines, len(lines), rewinds.lr_factor)
     trainer.read_ahead()
