@@ -1,8 +1,8 @@
 r"""What a configuration needs and how long it runs, before anybody rents a node.
 
     python scripts/plan.py --deepspeed_config ds_configs/vitl.json --gpus 8 --gpu a100-40
-    python scripts/plan.py --deepspeed_config ds_configs/vitl.json --gpus 8 --nodes 4 --gpu h100-80 \
-        --network 100 --efficiency 0.35 --json plan.json
+    python scripts/plan.py --deepspeed_config ds_configs/vitl.json --gpus 8 --nodes 4 \
+        --gpu h100-80 --network 100 --efficiency 0.35 --json plan.json
 
 Memory per GPU, the largest micro batch, days with and without alpha steps, what the loaders must
 give, traffic, disk. Everything is computed from formulas and published figures of the GPUs; no

@@ -9,8 +9,8 @@ A multiply-accumulate is 2 FLOPs, backward costs what its products cost (no kern
 
 Traffic of a step, bytes that each of W processes sends (ring algorithms), s = 2 in bf16:
 
-    gradients    s P' (W-1)/W when every owner is reduced to by itself (`use_multi_rank_bucket_-
-                 allreduce` false), twice that otherwise; P' = parameters of the sampled layers, whole
+    gradients    s P' (W-1)/W where use_multi_rank_bucket_allreduce is false (one reduction to each
+                 owner), else twice that; P' = whole parameters of the sampled layers
     weights      s P (W-1)/W, the all-gather of the whole model
     alphas       8 (number of alphas) (W-1)/W, an all-reduce in float32
 """

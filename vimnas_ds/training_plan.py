@@ -122,7 +122,7 @@ class Plan:
     # -- memory ---------------------------------------------------------------------------------
 
     def memory(self, dataset: str, micro: int, checkpointing: bool) -> Memory:
-        """Of one GPU. The alpha batch takes the same share of the recipe's as the training batch."""
+        """Of one GPU. The alpha batch grows with the training batch, as the recipe has them."""
         data = self.datasets[dataset]
         shape = (self.layout, data.frames, data.size)
         step = Activations(*shape, micro, BF16, checkpointing)

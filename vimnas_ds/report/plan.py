@@ -32,15 +32,15 @@ def _machines(plan: Plan) -> str:
 
 def _states(plan: Plan) -> str:
     zero = plan.states
-    rows = [
-        ["weights, bf16, whole", zero.weights],
-        ["masters, float32, 1/W", zero.masters],
-        ["moments, float32, 1/W", zero.moments],
-        ["gradients, float32, 1/W", zero.gradients],
-        [f"{1 + zero.overlap} reduce bucket(s) of {zero.bucket:,} in bf16", zero.buckets],
-        ["together", zero.total()],
+    parts: list[tuple[str, int]] = [
+        ("weights, bf16, whole", zero.weights),
+        ("masters, float32, 1/W", zero.masters),
+        ("moments, float32, 1/W", zero.moments),
+        ("gradients, float32, 1/W", zero.gradients),
+        (f"{1 + zero.overlap} reduce bucket(s) of {zero.bucket:,} in bf16", zero.buckets),
+        ("together", zero.total()),
     ]
-    table = format_table(["ZeRO-2, one GPU", "GB"], [[n, f"{b / GB:.2f}"] for n, b in rows])
+    table = format_table(["ZeRO-2, one GPU", "GB"], [[n, f"{b / GB:.2f}"] for n, b in parts])
     return f"{table}\nthe all-gather writes into the weights: it takes no buffer of its own"
 
 
