@@ -7,7 +7,8 @@ F = hidden units (read off `Block.forward` with the compiled operators and a fla
                                result before GELU (fc2's input is computed again)
     superposed  2E + 4I + F    weights are constant: no linear layer keeps its input
     and 4 (h + 4) bytes        attention's log-sum-exp of h heads, mean and deviation of two norms
-    qk_norm: 2I and 16h bytes more; layer_scale: 2E more (sampled)
+    qk_norm: 3I and 16h bytes more (normed q and k lie head by head, and so does the result, which
+    is then kept twice); layer_scale: 2E more (sampled)
 
 With checkpointing a block keeps its input alone, E, and one block at a time is computed again.
 Backward goes through the layers from the last to the first; its peak is
@@ -100,14 +101,14 @@ class Activations:
     def layer(self, e: float, h: float, f: float) -> float:
         """Kept by one sampled block when it is not computed again."""
         inner = h * self.layout.head_dim
-        numbers = 4 * e + 4 * inner + f + 2 * inner * self.layout.qk_norm
+        numbers = 4 * e + 4 * inner + f + 3 * inner * self.layout.qk_norm
         numbers += 2 * e * self.layout.layer_scale
         return self.rows * (numbers * self.element + self._statistics(h))
 
     def superposed_layer(self, e: float, h: float, f: float) -> float:
         """Kept by one block of the alpha step."""
         inner = h * self.layout.head_dim
-        numbers = 2 * e + 4 * inner + f + 2 * inner * self.layout.qk_norm
+        numbers = 2 * e + 4 * inner + f + 3 * inner * self.layout.qk_norm
         return self.rows * (numbers * self.element + self._statistics(h))
 
     def _statistics(self, h: float) -> float:

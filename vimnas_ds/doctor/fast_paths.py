@@ -130,7 +130,7 @@ def adamw() -> list[Finding]:
     both = []
     for update in (sliced_adamw_, sliced_adamw_ref_):
         tensors = tuple(t.clone().to(device) for t in start)
-        update(tensors, rows, rates, 1e-3, 0.1, (0.9, 0.999), 1e-8)  # type: ignore[arg-type]
+        update(tensors, rows, rates, 1e-3, 0.1, (0.9, 0.999), 1e-8)
         both.append(torch.cat(tensors))
     return [_verdict("adamw", float((both[0] - both[1]).abs().max()), 1e-5, device)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import tempfile
 from pathlib import Path
@@ -101,11 +102,12 @@ def _dali(device: str) -> Finding:
     kind: Any = device
     number = 0 if device == "gpu" else None
     worst = 0.0
-    for section, source, pixels in ((image, "image", jpeg), (video, "frames", frames)):
-        name = "encoded" if source == "image" else "frames"
-        which: Any = source
-        graph = Graph(lambda s=section, w=which: build_eval_pipeline(s, w, 1, kind, 1, number))
-        batch = graph.run([{name: pixels, "place": place}]).float().cpu()
+    feeds: list[dict[str, Any]] = [{"encoded": jpeg}, {"frames": frames}]
+    sources: list[Any] = ["image", "frames"]
+    for section, source, feed in zip((image, video), sources, feeds, strict=True):
+        make = functools.partial(build_eval_pipeline, section, source, 1, kind, 1, number)
+        graph = Graph(make)
+        batch = graph.run([{**feed, "place": place}]).float().cpu()
         graph.close()
         for channel in range(3):
             wanted = (90 - MEAN[channel]) / STD[channel]
@@ -129,7 +131,11 @@ def _nvdec() -> Finding:
     if clip is None:
         return Finding("nvdec", "failed", "the clip made here is not one for the GPU", WHEEL)
     graph = Graph(lambda: build_eval_pipeline(video, "nvdec", 1, "gpu", 1, 0))
-    feed = {"encoded": clip.data, "numbers": clip.numbers, "place": np.full(2, 0.5, np.float32)}
+    feed: Any = {
+        "encoded": clip.data,
+        "numbers": clip.numbers,
+        "place": np.full(2, 0.5, np.float32),
+    }
     batch = graph.run([feed]).float().cpu()
     graph.close()
     levels = [float(batch[0, 0, i].mean()) * STD[0] + MEAN[0] for i in range(FRAMES)]
