@@ -15,7 +15,6 @@ predicted / measured and its inverse is larger.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_common import ratio_line
+from bench_common import arguments, ratio_line
 from bench_memory import resident
 from torch.nn import functional as F
 
@@ -62,10 +61,13 @@ class Case:
         grads.append(4.0 * CLASSES["data"] * space.max_embed_dim)
         return states + step.weight_peak(space.largest(), lambda i: (grads[i], grads[i]))
 
-    def measured(self) -> int:
-        """Bytes by which a fresh process grows."""
-        command = [sys.executable, __file__, "--case", self.space, str(self.batch)]
-        command += [str(self.frames), self.kind]
+    def measured(self, runs: int, threads: int) -> float:
+        """Bytes by which a fresh process grows, median of `runs`."""
+        return statistics.median(self._growth(threads) for _ in range(runs))
+
+    def _growth(self, threads: int) -> int:
+        command = [sys.executable, __file__, "--threads", str(threads), "--case", self.space]
+        command += [str(self.batch), str(self.frames), self.kind]
         env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
         env["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
@@ -103,9 +105,9 @@ def steps(space: SearchSpace, batch: int, frames: int, kind: str) -> None:
     optimizer.step()
 
 
-def measure(case: Case) -> int:
+def measure(case: Case, threads: int) -> int:
     """For a fresh process."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     steps(SPACES["nano"], 1, case.frames, case.kind)
     before = resident("VmRSS")
@@ -114,16 +116,19 @@ def measure(case: Case) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, runs=1)
     parser.add_argument("--case", nargs="+", metavar="SPACE BATCH FRAMES [KIND]")
     args = parser.parse_args(argv)
     if args.case is not None:
         space, batch, frames, *kind = args.case
-        print("peak", measure(Case(space, int(batch), int(frames), *kind)))
+        print("peak", measure(Case(space, int(batch), int(frames), *kind), args.threads))
         return 0
-    rows = [(case, case.measured(), case.predicted()) for case in (*FITTED, *CHECKED)]
+    if args.device != "cpu":
+        print("the model is checked on the CPU, whatever --device says")
+    rows = [
+        (case, case.measured(args.runs, args.threads), case.predicted())
+        for case in (*FITTED, *CHECKED)
+    ]
     constant = statistics.mean(m - p for _, m, p in rows[: len(FITTED)])
     print(f"fitted constant: {constant / MIB:.1f} MiB")
     worst = 1.0

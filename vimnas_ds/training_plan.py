@@ -218,9 +218,10 @@ class Plan:
 
     def paper_efficiency(self, checkpointing: bool) -> tuple[float, float] | None:
         """The paper's days for this space, and the efficiency that this configuration would need to
-        take them on its machine; None where it gives no days."""
-        days = PAPER_DAYS.get(self.config.vimnas.space)
-        if days is None:
+        take them on its machine; None where it gives no days (one sub-network alone, too)."""
+        section = self.config.vimnas
+        days = PAPER_DAYS.get(section.space)
+        if days is None or section.arch is not None:
             return None
         able = PAPER_GPUS * PAPER_GPU.peak * days * DAY
         return days, self.flops(checkpointing) / able

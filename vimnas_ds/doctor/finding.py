@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Literal
 
 #: "slow": works, but not the fast way; "skipped": cannot be there on this machine
@@ -105,10 +104,8 @@ def _failed(check: Check, detail: str, mend: str = SETUP) -> list[Finding]:
 
 
 def has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU for torch, without touching it (processes are forked)."""
+    """Whether training here goes to a GPU, asked without touching it (processes are forked)."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    if not Path("/proc/driver/nvidia").exists():
-        return False
-    import torch
+    from vimnas_ds.train import ranks
 
-    return torch.cuda.is_available()
+    return ranks.has_gpu()

@@ -142,7 +142,7 @@ def _paper(plan: Plan) -> str:
     machine = f"{PAPER_GPUS} {PAPER_GPU.name}"
     found = plan.paper_efficiency(checkpointing)
     if found is None:
-        return f"paper: 1 to 5 days on {machine}, by size; it gives no number for this space"
+        return f"paper: 1 to 5 days on {machine}, by size; it gives no number for this run"
     days, needed = found
     assumed, whole = plan.where.efficiency, plan.flops(checkpointing)
     told = "reproduced" if needed <= assumed else "NOT reproduced"
@@ -175,7 +175,8 @@ def _basis_lines(plan: Plan, alpha: str) -> Iterator[str]:
         f"{plan.where.network / GB:g} GB/s a node (--network), flash attention and the compiled "
         f"operators (without them fc2's input is kept as well), {plan.where.ready} finished "
         f"float32 batches on the GPU, alpha steps {alpha}; evaluations, checkpoints, restarts and "
-        "searches take no time"
+        "searches take no time. Steps of a few milliseconds (small spaces) are bound by kernel "
+        "launches and loading, of which a constant efficiency knows nothing"
     )
 
 
