@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
@@ -19,7 +20,8 @@ from torch.nn import functional as F
 
 from scripts import plan as script
 from tests.conftest import ROOT, SMALL_TUBES, clip_batch, image_batch
-from vimnas_ds.config import load_config
+from tests.small import small_config
+from vimnas_ds.config import load_config, parse_config
 from vimnas_ds.cost import Layout, count_macs, count_params
 from vimnas_ds.gpus import GPUS
 from vimnas_ds.model import block, layers
@@ -295,6 +297,47 @@ def test_states_add_up():
     assert (zero.weights, zero.masters, zero.moments, zero.gradients) == (2016, 504, 1008, 504)
     assert zero.buckets == 400
     assert zero.total() == 2016 + 504 + 1008 + 504 + 400
+
+
+STATES = """
+import json, sys, torch
+from tests.small import small_config
+from torch.nn import functional as F
+from vimnas_ds.config import parse_config
+from vimnas_ds.layout import Activation
+from vimnas_ds.train.engine import build_engine
+from vimnas_ds.train.ranks import start_ranks
+
+config = parse_config(small_config(bf16={"enabled": True}))
+engine = build_engine(config, start_ranks())
+arch = config.vimnas.search_space.largest()
+logits = engine.deepspeed(torch.randn(8, 3, 32, 32, dtype=engine.dtype), arch, "imagenet")
+engine.deepspeed.backward(F.cross_entropy(logits.float(), torch.zeros(8, dtype=torch.long)))
+zero = engine.deepspeed.optimizer
+size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+moments = [v for s in engine.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+print(json.dumps({
+    "weights": size(zero.bit16_groups_flat),
+    "masters": size(zero.single_partition_of_fp32_groups),
+    "moments": size(moments),
+    "gradients": size(g.flat_partition for g in zero.averaged_gradients.values()),
+}))
+"""
+
+
+@pytest.mark.slow
+def test_states_are_those_of_deepspeeds_engine():
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", STATES], env=env, check=True, capture_output=True, text=True
+    )
+    config = parse_config(small_config())
+    layout = model_layout(config)
+    classes = {n: d.num_classes for n, d in config.vimnas.data.datasets.items()}
+    zero = ZeroStates(supernet_params(NANO, classes, layout), 1)
+    for name, size in json.loads(done.stdout.splitlines()[-1]).items():
+        # two groups, decayed and not, are padded each
+        assert size == pytest.approx(getattr(zero, name), abs=64), name
 
 
 def test_the_script_says_what_is_not_reproduced(tmp_path, capsys):

@@ -7,6 +7,9 @@ A multiply-accumulate is 2 FLOPs, backward costs what its products cost (no kern
     alpha step   2 (stem + 2 linear + 3 attention + head) MACs at full width, + 2 blocks likewise:
                  weights are constant, so linear layers have one product in backward
 
+DeepSpeed's flops profiler counts the same multiply-accumulates (tested); its FLOPs add norms and
+GELU, which are not counted here.
+
 Traffic of a step, bytes that each of W processes sends (ring algorithms), s = 2 in bf16:
 
     gradients    s P' (W-1)/W where use_multi_rank_bucket_allreduce is false (one reduction to each
