@@ -25,6 +25,7 @@ BENCHES = (
     ("bench_step.py", "--video"),
     ("bench_engine.py",),
     ("bench_memory.py",),
+    ("bench_plan.py",),
     ("bench_loader.py",),
     ("bench_loader.py", "--images"),
     ("bench_views.py",),

@@ -33,7 +33,7 @@ def cost_of(config: RunConfig, arch: Arch, dataset: str) -> tuple[int, float]:
 def describe_run(config: RunConfig, world_size: int) -> str:
     """Space, costs, batch arithmetic, schedule, data found and missing."""
     sections = [_space(config), _batches(config, world_size)]
-    data, sizes, notes = _data(config)
+    data, sizes, notes = find_data(config)
     return "\n\n".join([config.about, *sections, data, _schedule(config, sizes, notes)])
 
 
@@ -66,7 +66,9 @@ def _batches(config: RunConfig, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def _data(config: RunConfig) -> tuple[str, dict[str, int], str]:
+def find_data(config: RunConfig) -> tuple[str, dict[str, int], str]:
+    """What is there in words, training files per dataset, and a note where they are not counted but
+    taken from `reference_files`."""
     section = config.vimnas.data
     lines, sizes, notes = [], {}, ""
     for name, data in section.datasets.items():

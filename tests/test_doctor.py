@@ -1,0 +1,171 @@
+"""The doctor finds what is missing, wrong or hung, says which command mends it, and never dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import doctor
+from tests.conftest import ROOT
+from vimnas_ds.doctor import fast_paths, host, media, software
+from vimnas_ds.doctor.finding import Check, Finding, isolated
+
+
+def run(*options: str, blocked: tuple[str, ...] = (), **env: str) -> tuple[int, dict[str, dict]]:
+    """Exit code and findings by name, in a process that cannot import the `blocked` modules."""
+    program = (
+        f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+        f"from scripts import doctor\nsys.exit(doctor.main({['--json', *options]!r}))"
+    )
+    common = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **common, **env},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    report = json.loads(done.stdout)
+    assert report["exit_code"] == done.returncode, done.stderr
+    return done.returncode, {f["name"]: f for f in report["findings"]}
+
+
+def test_packages_that_are_missing_are_named_with_their_command():
+    blocked = ("deepspeed", "nvidia.dali", "av", "torch", "flash_attn")
+    only = ("--only", "packages", "deepspeed", "dali", "codecs", "extension", "attention")
+    code, found = run(*only, blocked=blocked)
+    assert code == 1
+    for name in ("torch", "deepspeed", "nvidia-dali-cuda130", "av"):
+        assert found[name]["state"] == "missing"
+        assert found[name]["required"]
+        assert found[name]["mend"].startswith(("pip install", "bash scripts/setup_venv.sh"))
+    for name in ("dali", "codecs", "extension", "attention"):
+        assert found[name]["state"] == "missing"
+        assert "cannot be imported" in found[name]["detail"]
+    assert found["numpy"]["state"] == "ok"
+    assert found["flash-attn"]["state"] == "missing"
+    assert not found["flash-attn"]["required"]
+
+
+def test_without_the_extension_the_references_work_and_the_build_command_is_named():
+    names = ("--only", "extension", "sliced linear", "gates", "adamw")
+    code, found = run(*names, blocked=("vimnas_ds._C",))
+    assert code == 1
+    for name in ("extension", "adamw"):
+        assert found[name]["state"] == "slow"
+        assert found[name]["mend"] == "pip install --no-build-isolation -e ."
+    assert found["sliced linear"]["state"] == found["gates"]["state"] == "ok"
+    code, found = run("--only", "extension", VIMNAS_REFERENCE="1")
+    assert (code, found["extension"]["mend"]) == (1, "unset VIMNAS_REFERENCE")
+
+
+def test_what_is_optional_does_not_count():
+    code, found = run("--only", "packages", "attention", "apex", blocked=("flash_attn", "apex"))
+    assert code == 0
+    assert found["flash-attn"]["state"] == "missing"
+    code, found = run("--only", "attention", VIMNAS_ATTENTION="flash_atn")
+    assert (code, found["attention"]["mend"]) == (1, "unset VIMNAS_ATTENTION")
+    assert "choose one of" in found["attention"]["detail"]
+
+
+@pytest.mark.slow
+def test_everything_works_where_the_tests_run():
+    code, found = run()
+    bad = [f for f in found.values() if f["required"] and f["state"] not in ("ok", "skipped")]
+    assert (code, bad) == (0, [])
+    assert {"deepspeed", "gloo", "dali cpu", "codec h264", "codec vp9", "disk"} <= found.keys()
+
+
+def hang() -> list[Finding]:
+    time.sleep(60)
+    return []
+
+
+def crash() -> list[Finding]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return []
+
+
+def fail() -> list[Finding]:
+    raise RuntimeError("no kernel image")
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (hang, "took longer than 0.5 s"),
+        (crash, "ended its process (exit code -9)"),
+        (fail, "RuntimeError: no kernel image"),
+    ],
+)
+def test_a_check_that_dies_is_a_finding(part, said):
+    started = time.perf_counter()
+    (found,) = isolated(Check("it", part), 0.5)
+    assert time.perf_counter() - started < 30
+    assert (found.name, found.state, found.counts) == ("it", "failed", True)
+    assert said in found.detail
+    assert found.mend
+
+
+def test_an_operator_that_computes_something_else_is_found():
+    x = [torch.randn(3, 4)]
+    right = fast_paths._same("it", torch.sin, torch.sin, x)
+    value = fast_paths._same("it", lambda t: torch.sin(t) + 0.01, torch.sin, x)
+    gradient = fast_paths._same("it", lambda t: t.sin().detach() + t - t.detach(), torch.sin, x)
+    assert [f.state for f in (right, value, gradient)] == ["ok", "failed", "failed"]
+    assert "pip install" in value.mend
+
+
+def test_a_codec_without_decoder_or_with_wrong_frames_is_found(monkeypatch):
+    missing = media._codec("no_such_codec", (), "mp4", "Kinetics")
+    assert (missing.state, missing.counts) == ("missing", True)
+    assert "Kinetics" in missing.detail
+    assert not media._codec("no_such_codec", (), "mp4", "").counts
+    assert media._codec("mpeg4", ("mpeg4",), "mp4", "").state == "ok"
+    encode, level = media._encode, media._level
+
+    def darker(path: Path, encoder: str) -> None:
+        monkeypatch.setattr(media, "_level", lambda number: level(number) - 30)
+        encode(path, encoder)
+        monkeypatch.setattr(media, "_level", level)
+
+    monkeypatch.setattr(media, "_encode", darker)
+    assert media._codec("mpeg4", ("mpeg4",), "mp4", "Kinetics").counts
+
+
+def test_versions_that_were_not_tested_are_named(monkeypatch):
+    monkeypatch.setattr(software, "_wanted", lambda: {"numpy": "<1"})
+    found = {f.name: f for f in software.packages()}
+    assert found["numpy"].counts
+    assert found["numpy"].mend == "pip install 'numpy<1'"
+    assert found["torch"].state == "ok"
+
+
+def test_the_machine_is_looked_at(monkeypatch, tmp_path):
+    monkeypatch.setattr(host.resource, "getrlimit", lambda which: (256, 4096))
+    files = host._files()
+    assert (files.state, files.mend, files.counts) == ("slow", "ulimit -n 4096", False)
+    speed, clock = host.disk(tmp_path / "not" / "yet")
+    assert str(tmp_path) in speed.detail
+    assert clock.state == "ok"
+    assert not (tmp_path / "not").exists()
+    assert host._clock(90.0, 1.0).state == host._clock(-9.0, 1.0).state == "failed"
+    assert host._clock(8.0, 9.0).state == "ok"  # written late, not of another time
+    (nowhere,) = host.disk(Path("/proc/self"))
+    assert nowhere.counts
+
+
+def test_the_table_ends_with_what_to_do(capsys, monkeypatch):
+    good, slow = Finding("a", "ok", "fine"), Finding("b", "slow", "why", "mend it")
+    extra = Finding("c", "missing", "not there", "get it", required=False)
+    told = doctor.describe([good, slow, extra])
+    assert told.splitlines()[-3:] == ["b: mend it", "c (optional): get it", "to be mended: b"]
+    assert doctor.describe([good, extra]).endswith("all that can work here works")
