@@ -145,7 +145,9 @@ def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
             cut = partial(whole_picture, shorter=shorter)
             clip = read_clip(file, steps["frames"], steps["fps"], 0.5, cut)
         except BadVideo as err:
-            raise BadVideo(str(file), f"cannot be read as a video: {err.reason}") from err
+            raise BadVideo(
+                str(file), f"not a picture, and cannot be read as a video: {err.reason}"
+            ) from err
         x = torch.from_numpy(clip).float()  # (T, 3, H, W)
     top, left = ((n - size) // 2 for n in x.shape[-2:])
     x = x[..., top : top + size, left : left + size] / 255
