@@ -81,6 +81,8 @@ def write_heads(
     Raises ExportError if what was loaded back is another network. An asked-for format that no head
     can have raises CannotExpress.
     """
+    for kind in FORMATS:
+        remove_programs(folder, kind)
     loaded = write_export(network, arch, folder)
     refused: dict[str, list[str]] = {}
     for name, d in network.config.vimnas.data.datasets.items():
@@ -126,8 +128,6 @@ def export(args: argparse.Namespace) -> int:
     network.net.float().cpu()
     arch = named_arch(args.arch, network.net.space)
     folder = args.out or network.files.root / "export"
-    for kind in FORMATS:
-        remove_programs(folder, kind)
     for line in write_heads(network, arch, folder, args.formats):
         print(line, flush=True)
     print(f"exported {arch}\nto {folder}")

@@ -121,6 +121,8 @@ def network(build_supernet, tmp_path):
 
 
 def test_every_format_that_can_be_written_is_and_the_others_are_explained(network, tmp_path):
+    (tmp_path / "out/timm").mkdir(parents=True)
+    (tmp_path / "out/timm/imagenet.json").write_text("of an earlier export")
     lines = list(write_heads(network, ARCH, tmp_path / "out", None))
     written = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").glob("*/*")}
     assert written == {f"{k}/{n}" for n in INPUTS for k, n in [

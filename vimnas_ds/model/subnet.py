@@ -130,7 +130,7 @@ class SubNetwork(nn.Module):
             frames = self.geometry.image_frames if is_image else shape[0]
             centres = token_centres(self.geometry, (frames, height, width), is_image)
             position = sincos_positions(centres, self.position_dim)[:, : self.arch.embed_dim]
-            self._positions[shape, device] = position.to(device)
+            self._positions[shape, device] = position.to(device).contiguous()
         return self._positions[shape, device]
 
     def classify(self, tokens: Tensor, positions: Tensor, dataset: str) -> Tensor:
