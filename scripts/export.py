@@ -15,22 +15,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vimnas_ds.arch_file import named_arch
+from vimnas_ds.autoformer import ABOUT_FILE, open_autoformer
 from vimnas_ds.export import ExportError, export_subnet, load_subnet
-from vimnas_ds.model.subnet import SubNetwork
+from vimnas_ds.model.autoformer import AutoFormerSupernet
+from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.programs import CannotExpress, Head, Run, write_onnx, write_torch_export
 from vimnas_ds.search.cli import build_parser, run_script
-from vimnas_ds.search.run import TrainedNetwork, open_network
+from vimnas_ds.search.run import open_network
 from vimnas_ds.space import Arch
 from vimnas_ds.timm_vit import write_timm
-from vimnas_ds.train.ranks import start_ranks
+from vimnas_ds.train.ranks import Ranks, start_ranks
 
 FORMATS = {"torch_export": write_torch_export, "onnx": write_onnx, "timm": write_timm}
 #: Largest difference of logits, absolute and relative: float32 in another order of summation.
@@ -50,17 +54,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_export(network: TrainedNetwork, arch: Arch, folder: Path) -> SubNetwork:
-    """The folder itself; returns the sub-network as loaded back from it."""
-    net = network.net
-    steps = {
-        name: {"size": d.size, "resize": d.test_resize, "frames": d.frames, "fps": d.fps}
-        for name, d in network.config.vimnas.data.datasets.items()
-    }
-    labels = json.loads(network.files.labels.read_text())
-    source = {"checkpoint": str(network.checkpoint), "space": network.config.vimnas.space}
-    export_subnet(net.extract(arch), folder, net.space.head_dim, labels, steps, source)
-    return load_subnet(folder)
+@dataclass(frozen=True)
+class Trained:
+    """A supernet on the CPU in float32, with what its exports say besides."""
+
+    net: Supernet | AutoFormerSupernet
+    steps: Mapping[str, Mapping[str, Any]]  #: per dataset size, resize, frames and fps
+    labels: Mapping[str, Sequence[str]]
+    source: Mapping[str, str]
+    root: Path
+
+
+def open_trained(args: argparse.Namespace, ranks: Ranks) -> Trained:
+    """A run's checkpoint, or what import_autoformer.py wrote. Raises ConfigError in words."""
+    root = args.checkpoint
+    if root is not None and (root / ABOUT_FILE).exists():
+        imported, names = open_autoformer(root)
+        size = imported.shape.size
+        steps = {"size": size, "resize": round(size * 256 / 224), "frames": None, "fps": None}
+        name, source = imported.dataset, {"checkpoint": str(root), "space": imported.space.name}
+        return Trained(imported, {name: steps}, {name: names}, source, root)
+    run = open_network(root, ranks, args.set)
+    return Trained(
+        run.net.float().cpu(),
+        {
+            name: {"size": d.size, "resize": d.test_resize, "frames": d.frames, "fps": d.fps}
+            for name, d in run.config.vimnas.data.datasets.items()
+        },
+        json.loads(run.files.labels.read_text()),
+        {"checkpoint": str(run.checkpoint), "space": run.config.vimnas.space},
+        run.files.root,
+    )
 
 
 @torch.no_grad()
@@ -74,7 +98,7 @@ def difference(run: Run, pixels: Tensor, expected: Tensor, what: str) -> float:
 
 
 def write_heads(
-    network: TrainedNetwork, arch: Arch, folder: Path, formats: Sequence[str] | None
+    trained: Trained, arch: Arch, folder: Path, formats: Sequence[str] | None
 ) -> Iterator[str]:
     """Check what was exported and write the programs; a line for each head and format.
 
@@ -83,13 +107,16 @@ def write_heads(
     """
     for kind in FORMATS:
         remove_programs(folder, kind)
-    loaded = write_export(network, arch, folder)
+    extracted = trained.net.extract(arch)
+    export_subnet(extracted, folder, trained.labels, trained.steps, trained.source)
+    loaded = load_subnet(folder)
     refused: dict[str, list[str]] = {}
-    for name, d in network.config.vimnas.data.datasets.items():
-        shape = (d.size, d.size) if d.frames is None else (d.frames, d.size, d.size)
+    for name, steps in trained.steps.items():
+        side, frames = steps["size"], steps["frames"]
+        shape = (side, side) if frames is None else (frames, side, side)
         pixels = torch.randn(3, 3, *shape)
         with torch.no_grad():
-            expected = network.net(pixels, arch, name)
+            expected = trained.net(pixels, arch, name)
         largest = difference(partial(loaded, dataset=name), pixels, expected, f"{folder}, {name}")
         yield f"{name}: model.safetensors, logits within {largest:.1e} of the supernet's"
         head = Head(loaded, name, shape)
@@ -107,7 +134,7 @@ def write_heads(
                 raise
             yield f"{name}: {kind}, logits within {largest:.1e}"
     for kind in formats or ():
-        if len(refused.get(kind, [])) == len(network.datasets):
+        if len(refused.get(kind, [])) == len(trained.steps):
             raise CannotExpress(
                 f"--formats {kind}: no head can be written\n" + "\n".join(refused[kind])
             )
@@ -124,11 +151,10 @@ def export(args: argparse.Namespace) -> int:
     ranks = start_ranks(engine=False)
     if not ranks.is_main:
         return 0  # one process is enough
-    network = open_network(args.checkpoint, ranks, args.set)
-    network.net.float().cpu()
-    arch = named_arch(args.arch, network.net.space)
-    folder = args.out or network.files.root / "export"
-    for line in write_heads(network, arch, folder, args.formats):
+    trained = open_trained(args, ranks)
+    arch = named_arch(args.arch, trained.net.space)
+    folder = args.out or trained.root / "export"
+    for line in write_heads(trained, arch, folder, args.formats):
         print(line, flush=True)
     print(f"exported {arch}\nto {folder}")
     return 0

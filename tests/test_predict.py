@@ -41,7 +41,7 @@ def exported(supernet, tmp_path: Path) -> Path:
     steps = {"size": 32, "resize": 40, "frames": None, "fps": None}
     preprocess = {"imagenet": steps, "k400": {**steps, "frames": 8, "fps": 8.0}}
     net = supernet.extract(supernet.space.largest())
-    export_subnet(net, tmp_path / "export", 16, LABELS, preprocess, {})
+    export_subnet(net, tmp_path / "export", LABELS, preprocess, {})
     return tmp_path / "export"
 
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_classified_is_said_in_words(exported, clip, tmp_path, ca
 def test_a_file_that_no_head_takes_names_them_all(supernet, tmp_path, clip, capsys):
     steps = {"size": 32, "resize": 40, "frames": None, "fps": None}
     net = supernet.extract(supernet.space.smallest())
-    export_subnet(net, tmp_path / "e", 16, LABELS, {"imagenet": steps, "k400": steps}, {})
+    export_subnet(net, tmp_path / "e", LABELS, {"imagenet": steps, "k400": steps}, {})
     assert script.main([str(tmp_path / "e"), str(clip)]) == 2
     assert "not a picture: the heads imagenet, k400 of" in capsys.readouterr().err
 

@@ -6,16 +6,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from scripts.export import FORMATS, write_heads
+from scripts.export import FORMATS, Trained, write_heads
 from tests.conftest import SMALL_TUBES, clip_batch, image_batch
-from tests.small import small_config
-from vimnas_ds.config import parse_config
 from vimnas_ds.export import ExportError
 from vimnas_ds.model.block import ModelOptions
 from vimnas_ds.programs import CannotExpress, Head, write_onnx, write_torch_export
@@ -110,14 +107,10 @@ def test_what_timm_cannot_express_is_refused_in_words(build_supernet, tmp_path):
 
 @pytest.fixture
 def network(build_supernet, tmp_path):
-    """What the script opens: a supernet, its configuration and its labels."""
-    (tmp_path / "labels.json").write_text(json.dumps({"imagenet": ["a"], "k400": ["b"]}))
-    config = parse_config(small_config())
-    files = SimpleNamespace(labels=tmp_path / "labels.json")
-    names = tuple(config.vimnas.data.datasets)
-    return SimpleNamespace(
-        net=build_supernet(), config=config, files=files, checkpoint=tmp_path, datasets=names
-    )
+    """What the script opens."""
+    steps = {"size": 32, "resize": 37, "frames": None, "fps": None}
+    both = {"imagenet": steps, "k400": {**steps, "frames": 8, "fps": 8}}
+    return Trained(build_supernet(), both, {n: ["a"] for n in both}, {}, tmp_path)
 
 
 def test_every_format_that_can_be_written_is_and_the_others_are_explained(network, tmp_path):

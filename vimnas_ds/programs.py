@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vimnas_ds.export import ExportError
-from vimnas_ds.model.subnet import OneHead, SubNetwork
+from vimnas_ds.export import ExportError, Network
 
 #: pixels (B, 3, ...) -> logits (B, classes)
 Run = Callable[[Tensor], Tensor]
@@ -35,14 +34,14 @@ class CannotExpress(ExportError):
 class Head:
     """The head of `dataset`, for inputs (B, 3, *shape)."""
 
-    net: SubNetwork
+    net: Network
     dataset: str
     shape: tuple[int, ...]
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
         """Traced for any batch size."""
-        one = OneHead(self.net, self.dataset, self.shape).eval().requires_grad_(False)
+        one = self.net.only(self.dataset, self.shape).eval().requires_grad_(False)
         example = torch.zeros(2, 3, *self.shape)
         return torch.export.export(one, (example,), dynamic_shapes={"pixels": {0: _BATCH}})
 

@@ -77,6 +77,8 @@ def timm_state(net: SubNetwork, dataset: str, shape: tuple[int, ...]) -> dict[st
 
 def write_timm(head: Head, folder: Path) -> Run:
     """timm/NAME.json and timm/NAME.safetensors. Raises CannotExpress."""
+    if not isinstance(head.net, SubNetwork):
+        raise CannotExpress("timm's VisionTransformer has no relative positions")
     given = head.net, head.dataset, head.shape
     arguments = timm_arguments(*given)
     weights = place(folder, "timm", f"{head.dataset}.safetensors")

@@ -138,6 +138,10 @@ class SubNetwork(nn.Module):
         x = self.blocks(tokens + positions.to(tokens.dtype))
         return self.heads[dataset](self.norm(x).mean(1))
 
+    def only(self, dataset: str, shape: tuple[int, ...]) -> OneHead:
+        """What inputs (B, 3, *shape) of one dataset need of it."""
+        return OneHead(self, dataset, shape)
+
 
 class OneHead(nn.Module):
     """`net(x, dataset)` for inputs (B, 3, *shape) alone: a copy without the other heads and the
