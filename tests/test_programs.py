@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -57,7 +58,7 @@ def test_programs_have_the_supernets_logits_without_this_package(build_supernet,
     assert shape == ["batch", *x.shape[1:]]
 
 
-def test_a_program_holds_the_weights_of_its_own_head_alone(build_supernet):
+def test_a_program_holds_the_weights_of_its_own_head_alone(build_supernet, tmp_path):
     net = build_supernet().extract(ARCH)
     sizes = {
         name: sum(p.numel() for p in Head(net, name, tuple(x.shape[2:])).program.parameters())
@@ -68,6 +69,11 @@ def test_a_program_holds_the_weights_of_its_own_head_alone(build_supernet):
     video_only = sum(p.numel() for i in (0, 1) for p in net.tokens.tubes[i].parameters())
     assert sizes["imagenet"] == whole - heads["k400"] - video_only
     assert sizes["k400"] == whole - heads["imagenet"]
+    write_torch_export(Head(net, "k400", (8, 32, 32)), tmp_path)
+    members = zipfile.ZipFile(tmp_path / "torch_export/k400.pt2").infolist()
+    weights = [m.file_size for m in members if "/weights/" in m.filename]
+    assert sum(weights) >= 4 * sizes["k400"]
+    assert max(m.file_size for m in members if "sample_inputs" in m.filename) < 10_000
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ class Head:
         """Traced for any batch size."""
         one = self.net.only(self.dataset, self.shape).eval().requires_grad_(False)
         example = torch.zeros(2, 3, *self.shape)
-        return torch.export.export(one, (example,), dynamic_shapes={"pixels": {0: _BATCH}})
+        program = torch.export.export(one, (example,), dynamic_shapes={"pixels": {0: _BATCH}})
+        program.example_inputs = None  # two clips would be saved too: 77 MB at 64 x 224 x 224
+        return program
 
 
 _BATCH = torch.export.Dim("batch")
