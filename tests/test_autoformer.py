@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from scripts import export, import_autoformer, predict
 from tests.conftest import image_batch
 from vimnas_ds.autoformer import build, fitting_space
+from vimnas_ds.export import ExportError, load_subnet
 from vimnas_ds.space import SPACES, Arch
 from vimnas_ds.train.ranks import Ranks
 
@@ -127,6 +128,11 @@ def test_an_imported_checkpoint_is_exported_and_classifies(weights, tmp_path, ca
     program = torch.export.load(folder / "torch_export/imagenet.pt2").module()
     expected = restated(weights, x, ARCHS[2])
     torch.testing.assert_close(program(x), expected, atol=1e-4, rtol=1e-4)
+    about = (folder / "arch.json").read_text()
+    (folder / "arch.json").write_text(about.replace('"side": 4', '"side": 1000000'))
+    with pytest.raises(ExportError, match="1000000 patches along a side: 1 to 64 are taken"):
+        load_subnet(folder)
+    (folder / "arch.json").write_text(about)
     Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
     capsys.readouterr()
     assert predict.main([str(folder), str(tmp_path / "red.png"), "--top", "7"]) == 0

@@ -86,7 +86,7 @@ def build(weights: Mapping[str, Tensor], space: SearchSpace, dataset: str) -> Au
         supernet.extract(space.largest())
     except KeyError as err:
         raise ConfigError(f"the checkpoint has no tensor {err}") from err
-    except (RuntimeError, IndexError) as err:
+    except (RuntimeError, IndexError, ValueError) as err:
         raise ConfigError(f"the checkpoint does not fit the space {space.name}: {err}") from err
     return supernet
 

@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from vimnas_ds.space import Arch, SearchSpace
 
 NORM_EPS = 1e-5
+#: Patches along a side; at this many a table of distances takes 134 MB.
+MAX_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,31 @@ class AutoFormerShape:
     side: int
     reach: int
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.side <= MAX_SIDE:
+            raise ValueError(
+                f"{self.side} patches along a side: 1 to {MAX_SIDE} are taken, the relative "
+                "positions need memory for all pairs of patches"
+            )
+
     @property
     def size(self) -> int:
         """Pixels along a side of the picture."""
         return self.patch * self.side
 
 
-def distance_entries(positions: Tensor, reach: int) -> Tensor:
-    """(N,) rows or columns of the patches -> (N+1, N+1) table entries, the class token first."""
-    distance = (positions[None, :] - positions[:, None]).clamp(-reach, reach)
-    return F.pad(distance + reach + 1, (1, 0, 1, 0))
+def distance_entries(shape: AutoFormerShape) -> tuple[Tensor, Tensor]:
+    """Entries of the vertical and the horizontal table, (N+1, N+1) each, the class token first.
+
+    On the CPU even while weights are built on "meta".
+    """
+    patches = torch.arange(shape.side**2, device="cpu")
+
+    def entries(places: Tensor) -> Tensor:
+        distance = places[None, :] - places[:, None]
+        return F.pad(distance.clamp(-shape.reach, shape.reach) + shape.reach + 1, (1, 0, 1, 0))
+
+    return entries(patches // shape.side), entries(patches % shape.side)
 
 
 class _Relative(nn.Module):
@@ -53,26 +70,24 @@ class _Relative(nn.Module):
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, shape: AutoFormerShape):
+    def __init__(self, shape: AutoFormerShape, entries: tuple[Tensor, Tensor]):
         super().__init__()
-        entries = 2 * shape.reach + 2
-        self.embeddings_table_v = nn.Parameter(torch.empty(entries, shape.head_dim))
-        self.embeddings_table_h = nn.Parameter(torch.empty(entries, shape.head_dim))
-        # on the CPU even while the weights are built on "meta"
-        patches = torch.arange(shape.side**2, device="cpu")
-        for name, places in (("rows", patches // shape.side), ("columns", patches % shape.side)):
-            self.register_buffer(name, distance_entries(places, shape.reach), persistent=False)
+        size = 2 * shape.reach + 2, shape.head_dim
+        self.embeddings_table_v = nn.Parameter(torch.empty(size))
+        self.embeddings_table_h = nn.Parameter(torch.empty(size))
+        for name, each in zip(("rows", "columns"), entries, strict=True):
+            self.register_buffer(name, each, persistent=False)
 
     def forward(self) -> Tensor:
         return self.embeddings_table_v[self.rows] + self.embeddings_table_h[self.columns]
 
 
 class _Attention(nn.Module):
-    def __init__(self, dim: int, num_heads: int, shape: AutoFormerShape):
+    def __init__(self, dim: int, num_heads: int, head_dim: int, k: _Relative, v: _Relative):
         super().__init__()
-        self.head_dim, width = shape.head_dim, num_heads * shape.head_dim
+        self.head_dim, width = head_dim, num_heads * head_dim
         self.qkv, self.proj = nn.Linear(dim, 3 * width), nn.Linear(width, dim)
-        self.rel_pos_embed_k, self.rel_pos_embed_v = _Relative(shape), _Relative(shape)
+        self.rel_pos_embed_k, self.rel_pos_embed_v = k, v
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (g h k) -> g b h n k", g=3, k=self.head_dim)
@@ -84,11 +99,14 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, arch: Arch, layer: int, shape: AutoFormerShape):
+    def __init__(
+        self, arch: Arch, layer: int, shape: AutoFormerShape, entries: tuple[Tensor, Tensor]
+    ):
         super().__init__()
         dim, hidden = arch.embed_dim, arch.hidden_dim(layer)
+        relative = _Relative(shape, entries), _Relative(shape, entries)
         self.attn_layer_norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = _Attention(dim, arch.num_heads[layer], shape)
+        self.attn = _Attention(dim, arch.num_heads[layer], shape.head_dim, *relative)
         self.ffn_layer_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
@@ -107,7 +125,8 @@ class AutoFormerNetwork(nn.Module):
         self.patch_embed = nn.Conv2d(3, dim, shape.patch, shape.patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, shape.side**2 + 1, dim))
-        self.blocks = nn.Sequential(*(_Block(arch, i, shape) for i in range(arch.depth)))
+        entries = distance_entries(shape)
+        self.blocks = nn.Sequential(*(_Block(arch, i, shape, entries) for i in range(arch.depth)))
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.heads = nn.ModuleDict({name: nn.Linear(dim, n) for name, n in num_classes.items()})
 
