@@ -17,6 +17,7 @@ from scripts import export, import_autoformer, predict
 from tests.conftest import image_batch
 from vimnas_ds.autoformer import build, fitting_space
 from vimnas_ds.export import ExportError, load_subnet
+from vimnas_ds.model.autoformer import AutoFormerNetwork, AutoFormerShape
 from vimnas_ds.space import SPACES, Arch
 from vimnas_ds.train.ranks import Ranks
 
@@ -177,7 +178,21 @@ def test_the_space_follows_from_depth_and_heads(name, width):
     assert fitting_space(found) is SPACES[name]
 
 
-def test_an_export_folder_is_not_taken_for_an_import(tmp_path: Path) -> None:
+def test_the_published_subnetworks_have_the_published_parameters():
+    ratios_t = (3.5, 3.5, 3, 3.5, 3, 3, 4, 4, 3.5, 4, 3.5, 4, 3.5)
+    heads_s = (6, 6, 5, 7, 5, 5, 5, 6, 6, 7, 7, 6, 7)
+    ratios_s = (3, 3.5, 3, 3.5, *(4,) * 7, 3.5, 4)
+    cases = [
+        (Arch(192, 13, (*(3,) * 10, 4, 3, 3), ratios_t), 5_867_944),
+        (Arch(384, 13, heads_s, ratios_s), 22_891_432),
+    ]
+    for arch, params in cases:
+        with torch.device("meta"):
+            net = AutoFormerNetwork(arch, AutoFormerShape(64, 16, 14, 14), {"imagenet": 1000})
+        assert sum(p.numel() for p in net.parameters()) == params
+
+
+def test_a_damaged_import_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "autoformer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not an imported AutoFormer supernet"):
         export.open_trained(export.parse(["--arch", "x", "--checkpoint", str(tmp_path)]), CPU)
