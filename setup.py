@@ -42,6 +42,9 @@ setup(
         "tqdm>=4.66,<5",
         "pyarrow>=26,<27",
         "psutil>=7.2,<8",
+        "onnx>=1.23.2,<2",
+        "onnxscript>=0.7.2,<0.8",
+        "onnxruntime>=1.32,<2",
     ],
     extras_require={
         "dev": ["pytest>=9.2,<10", "ruff==0.17.6", "mypy==2.4.1"],

@@ -1,16 +1,135 @@
-"""Files that an export is asked to classify: what cannot be used is a `BadFile`, in words."""
+"""Files that an export is asked to classify: what cannot be used is said in words."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from scripts import predict as script
+from tests.conftest import ROOT, SHARED_DATA
+from tests.media import encode, numbered
+from vimnas_ds import predict
 from vimnas_ds.data.bad import BadFile
-from vimnas_ds.predict import read_input
+from vimnas_ds.export import export_subnet, read_json
+from vimnas_ds.predict import Classifier, is_picture, read_input
 
 PICTURE = {"frames": None, "size": 8, "resize": 8, "mean": (0, 0, 0), "std": (1, 1, 1)}
+LABELS = {"imagenet": list("abcdefg"), "k400": ["run", "sit", "swim", "walk", "wave"]}
+ALONE = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(("deepspeed", "nvidia", "nvidia.dali")))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def supernet(build_supernet):
+    return build_supernet()
+
+
+@pytest.fixture
+def exported(supernet, tmp_path: Path) -> Path:
+    """An image head and one of clips of 8 frames."""
+    steps = {"size": 32, "resize": 40, "frames": None, "fps": None}
+    preprocess = {"imagenet": steps, "k400": {**steps, "frames": 8, "fps": 8.0}}
+    net = supernet.extract(supernet.space.largest())
+    export_subnet(net, tmp_path / "export", LABELS, preprocess, {})
+    return tmp_path / "export"
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return encode(tmp_path / "clip.mp4", numbered(16, 96, 160), rate=8)
+
+
+def test_a_file_is_classified_from_the_export_alone(exported, clip, supernet, tmp_path):
+    command = [sys.executable, "-c", ALONE, str(ROOT / "scripts/predict.py"), str(exported)]
+    command += [str(clip), "--json", "--top", "3", "--strip", str(tmp_path / "new/strip.png")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["heads"].values()
+    x = read_input(clip, read_json(exported, "preprocess.json")["k400"])
+    with torch.no_grad():
+        expected = supernet(x, supernet.space.largest(), "k400").softmax(-1)[0].topk(3)
+    assert [f["label"] for f in found] == [LABELS["k400"][i] for i in expected.indices]
+    assert [f["probability"] for f in found] == pytest.approx(expected.values.tolist(), abs=1e-5)
+    # frames 4 to 11 of 16, the middle of the video; frame i has the brightness 10 + 7 i
+    strip = np.asarray(Image.open(tmp_path / "new/strip.png").convert("L")).astype(float)
+    row = strip[-60]
+    shown = [row[4 + i * 132 + 64] for i in range(8)]  # 32 pixels four times as large, gaps of 4
+    assert shown == pytest.approx([10 + 7 * i for i in range(4, 12)], abs=3)
+
+
+def test_a_clip_is_scaled_while_it_is_decoded(exported, clip, monkeypatch):
+    shapes = []
+
+    def watched(*args):
+        pixels = read_clip(*args)
+        shapes.append(pixels.shape)
+        return pixels
+
+    read_clip = predict.read_clip
+    monkeypatch.setattr(predict, "read_clip", watched)
+    assert Classifier(exported)(clip, "k400").seen.shape == (1, 3, 8, 32, 32)
+    assert shapes == [(8, 3, 40, 67)]  # of 96 x 160
+
+
+def test_every_head_that_takes_the_file_answers(exported, clip, tmp_path, capsys):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    frames = [Image.new("L", (40, 40), 20 * i) for i in range(3)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    for file, head in ((clip, "k400"), (tmp_path / "red.png", "imagenet"),
+                       (tmp_path / "moving.gif", "k400")):  # fmt: skip
+        assert script.main([str(exported), str(file), "--top", "99"]) == 0
+        first, *lines = capsys.readouterr().out.splitlines()
+        assert first == f"{file.name}, {head}:"
+        assert sorted(line.split()[-1] for line in lines) == LABELS[head]
+        assert sum(float(line.split()[0][:-1]) for line in lines) == pytest.approx(100, abs=0.5)
+
+
+def test_what_cannot_be_classified_is_said_in_words(exported, clip, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.jpg")
+    whole = (tmp_path / "picture.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "half.mp4").write_bytes(clip.read_bytes()[:500])
+    (tmp_path / "notes.txt").write_text("neither")
+    cases = [
+        ("picture.jpg", "k400", f"a picture: the head k400 of {exported} takes videos only"),
+        ("clip.mp4", "imagenet", "not a picture: the head imagenet of"),
+        ("clip.mp4", "ssv2", "has no head 'ssv2'; it has imagenet, k400"),
+        ("half.jpg", "imagenet", "half.jpg: "),
+        ("half.mp4", "k400", "half.mp4: not a picture, and cannot be read as a video: "),
+        (
+            "notes.txt",
+            "k400",
+            "notes.txt: not a picture, and cannot be read as a video: Invalid data",
+        ),
+        ("gone.mp4", "k400", "gone.mp4: No such file"),
+        (".", "k400", "Is a directory"),
+    ]
+    for name, head, words in cases:
+        assert script.main([str(exported), str(tmp_path / name), "--dataset", head]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("cannot classify: ")
+        assert words in said
+    assert script.main([str(tmp_path), str(clip)]) == 2
+    assert "is not an exported sub-network" in capsys.readouterr().err
+
+
+def test_a_file_that_no_head_takes_names_them_all(supernet, tmp_path, clip, capsys):
+    steps = {"size": 32, "resize": 40, "frames": None, "fps": None}
+    net = supernet.extract(supernet.space.smallest())
+    export_subnet(net, tmp_path / "e", LABELS, {"imagenet": steps, "k400": steps}, {})
+    assert script.main([str(tmp_path / "e"), str(clip)]) == 2
+    assert "not a picture: the heads imagenet, k400 of" in capsys.readouterr().err
 
 
 def test_pictures_that_pillow_refuses_are_refused_in_words(
@@ -24,3 +143,21 @@ def test_pictures_that_pillow_refuses_are_refused_in_words(
                         ("gone.png", "No such file")):  # fmt: skip
         with pytest.raises(BadFile, match=words):
             read_input(tmp_path / name, PICTURE)
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="no real files beside this checkout")
+def test_real_files_are_classified_or_refused_in_words(exported):
+    classifier = Classifier(exported)
+    refused = {}
+    files = sorted((SHARED_DATA / "awkward").iterdir())
+    files += [next((SHARED_DATA / "weizmann").rglob("*.mp4"))]
+    files += [next((SHARED_DATA / "cifar10").rglob("*.jp*g"))]
+    for file in files:
+        head = "imagenet" if is_picture(file) else "k400"
+        try:
+            assert sum(classifier(file, head, 7).probabilities) == pytest.approx(1, abs=1e-4)
+        except BadFile as err:
+            refused[file.name] = err.reason
+    assert len(refused) < len(files) / 2
+    assert "Invalid data" in refused["derived__text_file_named.mp4"]
+    assert "no video stream" in refused["media3__sample_audio_only.mp4"]

@@ -20,12 +20,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vimnas_ds.model.autoformer import AutoFormerNetwork, AutoFormerShape
 from vimnas_ds.model.block import ModelOptions
 from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.space import Arch
 from vimnas_ds.tubes import TokenGeometry, Tube
 
 FORMAT = "vimnas_ds sub-network 1"
+AUTOFORMER_FORMAT = "vimnas_ds AutoFormer sub-network 1"
+#: What an export may hold: called alike, `net(x, dataset)`.
+Network = SubNetwork | AutoFormerNetwork
 #: ImageNet's channel statistics, for values in [0, 1]
 _NORMALISE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _HOW = (
@@ -46,9 +50,8 @@ class ExportError(ValueError):
 
 
 def export_subnet(
-    net: SubNetwork,
+    net: Network,
     folder: Path,
-    head_dim: int,
     labels: Mapping[str, Sequence[str]],
     preprocess: Mapping[str, Mapping[str, Any]],
     source: Mapping[str, Any],
@@ -61,25 +64,54 @@ def export_subnet(
     folder.mkdir(parents=True, exist_ok=True)
     weights = {n: p.detach().float().cpu().contiguous() for n, p in net.named_parameters()}
     save_file(weights, str(folder / "model.safetensors"))
-    arch: dict[str, Any] = {
-        "format": FORMAT,
-        "arch": json.loads(net.arch.to_json()),
-        "head_dim": head_dim,
-        "position_dim": net.position_dim,
-        "image_tube": net.geometry.image_tube,
-        "tubes": [asdict(t) for t in net.geometry.tubes],
-        "qk_norm": net.options.qk_norm,
-        "layer_scale": net.options.layer_scale is not None,
-        "num_classes": {name: head.out_features for name, head in net.heads.items()},
-        "source": dict(source),
-    }
+    classes = {name: len(head.get_parameter("bias")) for name, head in net.heads.items()}
+    arch = {**_describe(net), "num_classes": classes, "source": dict(source)}
     named = {
-        name: [*names, *(f"class {i}" for i in range(len(names), arch["num_classes"][name]))]
+        name: [*names, *(f"class {i}" for i in range(len(names), classes[name]))]
         for name, names in labels.items()
     }
     steps = {name: {**p, **_NORMALISE, "how": _HOW} for name, p in preprocess.items()}
     for file, content in (("arch", arch), ("labels", named), ("preprocess", steps)):
         (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _describe(net: Network) -> dict[str, Any]:
+    arch = json.loads(net.arch.to_json())
+    if isinstance(net, AutoFormerNetwork):
+        return {"format": AUTOFORMER_FORMAT, "arch": arch, "shape": asdict(net.shape)}
+    return {
+        "format": FORMAT,
+        "arch": arch,
+        "head_dim": net.head_dim,
+        "position_dim": net.position_dim,
+        "image_tube": net.geometry.image_tube,
+        "tubes": [asdict(t) for t in net.geometry.tubes],
+        "qk_norm": net.options.qk_norm,
+        "layer_scale": net.options.layer_scale is not None,
+    }
+
+
+def _build(about: Mapping[str, Any]) -> Network:
+    """The network that `_describe` described, its weights not yet set."""
+    arch = Arch.from_json(about["arch"])
+    if about["format"] == AUTOFORMER_FORMAT:
+        return AutoFormerNetwork(arch, AutoFormerShape(**about["shape"]), about["num_classes"])
+    tubes = tuple(
+        Tube(tuple(t["kernel"]), tuple(t["stride"]), tuple(t["offset"])) for t in about["tubes"]
+    )
+    options = ModelOptions(
+        qk_norm=about["qk_norm"], layer_scale=1.0 if about["layer_scale"] else None
+    )
+    if not 0 <= about["image_tube"] < len(tubes):
+        raise ValueError(f"image_tube {about['image_tube']} is not one of {len(tubes)} tubes")
+    return SubNetwork(
+        arch,
+        about["head_dim"],
+        TokenGeometry(tubes, about["image_tube"]),
+        about["num_classes"],
+        options,
+        about["position_dim"],
+    )
 
 
 def read_json(folder: Path, name: str) -> Any:
@@ -90,7 +122,7 @@ def read_json(folder: Path, name: str) -> Any:
         raise ExportError(f"{folder} is not an exported sub-network: {name}: {err}") from err
 
 
-def load_subnet(folder: str | Path) -> SubNetwork:
+def load_subnet(folder: str | Path) -> Network:
     """The exported module, in eval mode: `net(x, dataset)` -> logits.
 
     x is (B, 3, H, W) or (B, 3, T, H, W), normalised as preprocess.json says.
@@ -98,27 +130,12 @@ def load_subnet(folder: str | Path) -> SubNetwork:
     """
     folder = Path(folder)
     about = read_json(folder, "arch.json")
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ExportError(f"{folder}: arch.json is not of the format {FORMAT!r}")
+    formats = (FORMAT, AUTOFORMER_FORMAT)
+    if not isinstance(about, dict) or about.get("format") not in formats:
+        raise ExportError(f"{folder}: arch.json is not of the format {' or '.join(formats)}")
     try:
-        arch = Arch.from_json(about["arch"])
-        tubes = tuple(
-            Tube(tuple(t["kernel"]), tuple(t["stride"]), tuple(t["offset"])) for t in about["tubes"]
-        )
-        options = ModelOptions(
-            qk_norm=about["qk_norm"], layer_scale=1.0 if about["layer_scale"] else None
-        )
-        if not 0 <= about["image_tube"] < len(tubes):
-            raise ValueError(f"image_tube {about['image_tube']} is not one of {len(tubes)} tubes")
         with torch.device("meta"):  # takes no memory: the file alone decides how much is loaded
-            net = SubNetwork(
-                arch,
-                about["head_dim"],
-                TokenGeometry(tubes, about["image_tube"]),
-                about["num_classes"],
-                options,
-                about["position_dim"],
-            )
+            net = _build(about)
         net.load_state_dict(load_file(str(folder / "model.safetensors")), assign=True)
     except _MISFITS as err:
         raise ExportError(f"{folder}: arch.json and model.safetensors do not fit: {err}") from err

@@ -1,33 +1,135 @@
-"""Classify one file with an exported sub-network; needs PyAV and Pillow, no DALI.
+"""Classify files with an exported sub-network; needs PyAV and Pillow, no DALI.
 
 Resize, centre crop and normalisation follow the export's preprocess.json; frames are taken by
-time. Resizing is torch's antialiased bilinear: within a grey level or two of the training graph's.
+time. Clips are scaled while they are decoded, as in an evaluation; pictures with torch's
+antialiased bilinear: within a grey level or two of the training graph's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+from vimnas_ds.data.bad import BadFile, BadVideo
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.images import understood
+from vimnas_ds.data.sampling import whole_picture
 from vimnas_ds.export import ExportError, load_subnet, read_json
+
+#: Formats of Pillow's that are videos here when they move.
+_ANIMATIONS = ("AVIF", "GIF", "PNG")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Class names with their probabilities, most probable first."""
+    """Class names with their probabilities, most probable first, and what the network saw."""
 
     labels: tuple[str, ...]
     probabilities: tuple[float, ...]
+    seen: Tensor = field(compare=False, repr=False)  #: see `read_input`
+
+
+class Classifier:
+    """An export opened for classification.
+
+    Raises ExportError for a bad export.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._net = load_subnet(self.folder)
+        self._labels = read_json(self.folder, "labels.json")
+        self._steps = read_json(self.folder, "preprocess.json")
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The heads."""
+        return tuple(self._net.heads)
+
+    def steps(self, dataset: str) -> dict[str, Any]:
+        """preprocess.json of one head. Raises ExportError for one that is not there."""
+        if dataset not in self._net.heads:
+            raise ExportError(
+                f"{self.folder} has no head {dataset!r}; it has {', '.join(self.datasets)}"
+            )
+        with self._fitting():
+            return dict(self._steps[dataset])
+
+    def heads_for(self, file: Path) -> tuple[str, ...]:
+        """The heads that take such a file. Raises BadFile where there is none."""
+        still = is_picture(file)
+        found = tuple(n for n in self.datasets if self._takes_pictures(n) == still)
+        if not found:
+            raise BadFile(str(file), f"{_kind(still)}: {self._which(self.datasets, not still)}")
+        return found
+
+    @torch.no_grad()
+    def __call__(self, file: Path, dataset: str, top: int = 5) -> Prediction:
+        """The `top` most probable classes of `file`, by the head of `dataset`.
+
+        Raises ExportError for a dataset without a head, BadFile for a file that cannot be decoded
+        or is a picture where videos are taken, or the other way round.
+        """
+        steps, still = self.steps(dataset), is_picture(file)
+        if self._takes_pictures(dataset) != still:
+            raise BadFile(str(file), f"{_kind(still)}: {self._which((dataset,), not still)}")
+        with self._fitting():
+            x = read_input(file, steps)
+            names = [str(name) for name in self._labels[dataset]]
+            best = self._net(x, dataset).softmax(-1)[0].topk(max(1, min(top, len(names))))
+            labels = tuple(names[i] for i in best.indices.tolist())
+        return Prediction(labels, tuple(best.values.tolist()), x)
+
+    def _takes_pictures(self, dataset: str) -> bool:
+        with self._fitting():
+            return self._steps[dataset]["frames"] is None
+
+    def _which(self, datasets: Sequence[str], still: bool) -> str:
+        what = "pictures" if still else "videos"
+        heads = f"head{'s' * (len(datasets) > 1)} {', '.join(datasets)} of {self.folder}"
+        return f"the {heads} take{'s' * (len(datasets) == 1)} {what} only"
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, IndexError, TypeError) as err:
+            raise ExportError(
+                f"{self.folder}: labels.json or preprocess.json does not fit: {err!r}"
+            ) from err
+
+
+def classify(folder: str | Path, file: str | Path, dataset: str, top: int = 5) -> Prediction:
+    """One file with an export opened for it alone; see `Classifier`."""
+    return Classifier(folder)(Path(file), dataset, top)
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file is a still picture, not a video or an animation (or nothing of that kind).
+
+    Raises BadFile for a file that cannot be opened, or a picture that Pillow refuses.
+    """
+    with understood(file):
+        try:
+            with Image.open(file) as picture:
+                moving = picture.format in _ANIMATIONS and getattr(picture, "is_animated", False)
+                return picture.format != "MPEG" and not moving
+        except UnidentifiedImageError:
+            return False
+
+
+def _kind(still: bool) -> str:
+    return "a picture" if still else "not a picture"
 
 
 def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
@@ -35,45 +137,30 @@ def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
 
     Raises BadFile for a file that cannot be decoded.
     """
+    size, shorter = steps["size"], max(steps["size"], steps["resize"])
     if steps["frames"] is None:
-        with understood(file), Image.open(file) as picture:
-            rgb = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-        pixels = rgb.transpose(2, 0, 1)[None]
+        x = _read_picture(file, shorter)
     else:
-        pixels = read_clip(file, steps["frames"], steps["fps"], 0.5)
-    x = torch.from_numpy(pixels).float()  # (T, 3, H, W)
-    scale = steps["resize"] / min(x.shape[-2:])
-    shape = [max(steps["size"], round(n * scale)) for n in x.shape[-2:]]
-    x = F.interpolate(x, shape, mode="bilinear", antialias=True, align_corners=False)
-    top, left = ((n - steps["size"]) // 2 for n in shape)
-    x = x[..., top : top + steps["size"], left : left + steps["size"]] / 255
+        try:
+            cut = partial(whole_picture, shorter=shorter)
+            clip = read_clip(file, steps["frames"], steps["fps"], 0.5, cut)
+        except BadVideo as err:
+            raise BadVideo(
+                str(file), f"not a picture, and cannot be read as a video: {err.reason}"
+            ) from err
+        x = torch.from_numpy(clip).float()  # (T, 3, H, W)
+    top, left = ((n - size) // 2 for n in x.shape[-2:])
+    x = x[..., top : top + size, left : left + size] / 255
     mean, std = (torch.tensor(steps[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     x = ((x - mean) / std).transpose(0, 1)[None]  # (1, 3, T, H, W)
     return x[:, :, 0] if steps["frames"] is None else x
 
 
-@torch.no_grad()
-def classify(folder: str | Path, file: str | Path, dataset: str, top: int = 5) -> Prediction:
-    """The `top` most probable classes of `file`, by the head of `dataset`.
-
-    Raises ExportError for a bad export or a dataset it has no head for, BadFile for a file that
-    cannot be decoded.
-    """
-    folder = Path(folder)
-    net, labels, steps = (
-        load_subnet(folder),
-        read_json(folder, "labels.json"),
-        read_json(folder, "preprocess.json"),
-    )
-    if dataset not in net.heads:
-        raise ExportError(f"{folder} has no head {dataset!r}; it has {', '.join(net.heads)}")
-    try:
-        names, plan = list(labels[dataset]), steps[dataset]
-        x = read_input(Path(file), plan)
-        best = net(x, dataset).softmax(-1)[0].topk(max(1, min(top, len(names))))
-        chosen = tuple(str(names[i]) for i in best.indices.tolist())
-    except (KeyError, IndexError, TypeError) as err:
-        raise ExportError(
-            f"{folder}: labels.json or preprocess.json does not fit: {err!r}"
-        ) from err
-    return Prediction(chosen, tuple(best.values.tolist()))
+def _read_picture(file: Path, shorter: int) -> Tensor:
+    """Upright, its shorter side scaled to `shorter` pixels: (1, 3, H, W)."""
+    with understood(file), Image.open(file) as picture:
+        rgb = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    whole = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+    cut = whole_picture(rgb.shape[1], rgb.shape[0], shorter)
+    shape = (cut.height, cut.width)
+    return F.interpolate(whole, shape, mode="bilinear", antialias=True, align_corners=False)

@@ -6,6 +6,7 @@ they are; the code is written independently and serves as the supernet's referen
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +18,7 @@ from vimnas_ds.model.block import ModelOptions, drop_path
 from vimnas_ds.model.layers import NORM_EPS
 from vimnas_ds.model.tokens import sincos_positions, to_clip, token_centres
 from vimnas_ds.space import Arch
-from vimnas_ds.tubes import Size3, TokenGeometry
+from vimnas_ds.tubes import TokenGeometry
 
 
 class _Attention(nn.Module):
@@ -96,7 +97,7 @@ class SubNetwork(nn.Module):
     ):
         super().__init__()
         self.arch, self.geometry, self.options = arch, geometry, options
-        self.position_dim = position_dim
+        self.head_dim, self.position_dim = head_dim, position_dim
         self.tokens = _Tokens(geometry, arch.embed_dim)
         self.blocks = nn.Sequential(
             *(_Block(arch, i, head_dim, options) for i in range(arch.depth))
@@ -105,21 +106,60 @@ class SubNetwork(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(arch.embed_dim, n) for name, n in num_classes.items()}
         )
-        self._positions: dict[tuple[Size3, bool, torch.device], Tensor] = {}
+        self._positions: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def forward(self, x: Tensor, dataset: str) -> Tensor:
         """(B, 3, H, W) or (B, 3, T, H, W) -> logits (B, classes of `dataset`)."""
+        return self.classify(self.patches(x), self.positions(tuple(x.shape[2:]), x.device), dataset)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) or (B, 3, T, H, W) -> tokens without their positions, (B, N, D)."""
         clip, is_image = to_clip(x, self.geometry)
         tokens = []
         for index in self.geometry.active_tubes(is_image):
             t, h, w = self.geometry.tubes[index].offset
             y = self.tokens.tubes[index](clip[:, :, t:, h:, w:])
             tokens.append(rearrange(y, "b d t h w -> b (t h w) d"))
-        size = (clip.shape[2], clip.shape[3], clip.shape[4])
-        key = (size, is_image, x.device)
-        if key not in self._positions:
-            centres = token_centres(self.geometry, size, is_image)
+        return torch.cat(tokens, 1)
+
+    def positions(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """(N, D) float32 of inputs (B, 3, *shape): images (H, W) or clips (T, H, W)."""
+        if (shape, device) not in self._positions:
+            is_image = len(shape) == 2
+            height, width = shape[-2:]
+            frames = self.geometry.image_frames if is_image else shape[0]
+            centres = token_centres(self.geometry, (frames, height, width), is_image)
             position = sincos_positions(centres, self.position_dim)[:, : self.arch.embed_dim]
-            self._positions[key] = position.to(x.device)
-        x = torch.cat(tokens, 1) + self._positions[key].to(x.dtype)
-        return self.heads[dataset](self.norm(self.blocks(x)).mean(1))
+            self._positions[shape, device] = position.to(device).contiguous()
+        return self._positions[shape, device]
+
+    def classify(self, tokens: Tensor, positions: Tensor, dataset: str) -> Tensor:
+        """Tokens (B, N, D) and their positions (N, D) -> logits (B, classes of `dataset`)."""
+        x = self.blocks(tokens + positions.to(tokens.dtype))
+        return self.heads[dataset](self.norm(x).mean(1))
+
+    def only(self, dataset: str, shape: tuple[int, ...]) -> OneHead:
+        """What inputs (B, 3, *shape) of one dataset need of it."""
+        return OneHead(self, dataset, shape)
+
+
+class OneHead(nn.Module):
+    """`net(x, dataset)` for inputs (B, 3, *shape) alone: a copy without the other heads and the
+    tubes such inputs do not pass through, the positions a buffer. What programs are made of."""
+
+    positions: Tensor
+
+    def __init__(self, net: SubNetwork, dataset: str, shape: tuple[int, ...]):
+        super().__init__()
+        geometry = net.geometry
+        active = geometry.active_tubes(is_image=len(shape) == 2)
+        tubes = tuple(geometry.tubes[i] for i in active)
+        self.net, self.dataset = copy.deepcopy(net), dataset
+        self.net.geometry = TokenGeometry(tubes, active.index(geometry.image_tube))
+        self.net.tokens.tubes = nn.ModuleList(self.net.tokens.tubes[i] for i in active)
+        self.net.heads = nn.ModuleDict({dataset: self.net.heads[dataset]})
+        self.register_buffer("positions", net.positions(shape, next(net.parameters()).device))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, *shape) -> logits (B, classes)."""
+        return self.net.classify(self.net.patches(pixels), self.positions, self.dataset)
