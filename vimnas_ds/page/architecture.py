@@ -11,7 +11,7 @@ from vimnas_ds.page.markup import escape
 from vimnas_ds.space import Arch
 
 WIDTH, ROW = 400, 17
-LEFT, HEADS, MLP, TEXT = 24, 28, 168, 316
+LEFT, HEADS, MLP, TEXT = 24, 28, 160, 302
 TOP = 46
 
 
@@ -28,7 +28,7 @@ def draw_architecture(arch: Arch, largest: Arch) -> str:
         _text(HEADS + 246, 16, f"width {arch.embed_dim} of {largest.embed_dim}"),
         _text(HEADS, TOP - 8, "heads"),
         _text(MLP, TOP - 8, "MLP"),
-        _text(TEXT, TOP - 8, "heads, ratio, MLP"),
+        _text(TEXT, TOP - 8, "heads, ratio, width"),
     ]
     for layer in range(largest.depth):
         y, there = TOP + ROW * layer, layer < arch.depth

@@ -1,35 +1,40 @@
 """Charts as inline SVG: lines over steps, points with error bars.
 
 Coordinates are fixed and the picture scales with its column: 400 units wide, so that its letters
-stay readable on a phone. Colours are CSS classes (`c0`, `c1`, ... in the page's style), which both
-colour schemes define. Line charts carry their data for the page's pointer read-out; points carry
-their text as `data-tip`.
+stay readable on a phone. Colours are CSS classes, which page.css defines for both colour schemes:
+`c0`, `c1`, ... datasets, `n0`, ... sub-networks, `q0`, ... choices from small to large. Line charts
+carry their data for the page's pointer read-out; points carry their text as `data-tip`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from vimnas_ds.page.markup import escape
 
 WIDTH, HEIGHT = 400, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 34
-#: colours that the style defines
-COLOURS = 8
+LEFT, RIGHT, TOP, BOTTOM = 44, 8, 24, 34
+#: a curve of so few points shows them
+MOST_SPOTS = 24
+#: sub-networks with a colour of their own
+SUBNETS = ("largest", "smallest", "perturbation", "front", "evolution")
+#: colours of each kind that the style defines
+COLOURS = {"c": 8, "n": 8, "q": 6}
 
-Write = Callable[[float], str]
+Unit = Literal["", "%"]  # of an axis: plain numbers, or fractions as percent
 
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve; `colour` counts from 0, dashed ones tell a second kind of thing."""
+    """A named curve; dashed ones tell a second kind of thing."""
 
     name: str
     points: Sequence[tuple[float, float]]
-    colour: int
+    colour: str
     dashed: bool = False
 
 
@@ -40,34 +45,49 @@ class Dot:
     x: float
     y: float
     tip: str
-    colour: int
+    colour: str
     error: float = 0.0
     shape: str = "dot"  #: dot, small, ring or star
 
 
-def percent_axis(value: float) -> str:
-    """A fraction on an axis."""
-    return f"{100 * value:.3g}%"
+def colour(kind: str, number: int) -> str:
+    """The CSS class of the `number`th thing of a kind; they come round again."""
+    return f"{kind}{number % COLOURS[kind]}"
 
 
-def number_axis(value: float) -> str:
-    """A number on an axis: 1500 as 1.5k."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"
+def subnet_colour(name: str) -> str:
+    """The CSS class of a sub-network, the same in all charts; others than `SUBNETS` share three."""
+    if name in SUBNETS:
+        return colour("n", SUBNETS.index(name))
+    others = COLOURS["n"] - len(SUBNETS)
+    return colour("n", len(SUBNETS) + sum(name.encode(errors="replace")) % others)
+
+
+def tick_text(value: float, step: float, unit: Unit) -> str:
+    """A number on an axis whose ticks are `step` apart: 1500 as 1.5k, 0.25 as 25%."""
+    scale, suffix = (100.0, "%") if unit else (1.0, "")
+    for size, letter in ((1e-9, "G"), (1e-6, "M"), (1e-3, "k")):
+        if not unit and abs(value) * size >= 1:
+            scale, suffix = size, letter
+            break
+    shown = [step * scale * 10**digits for digits in range(7)]
+    digits = next((d for d, s in enumerate(shown) if s > 0.9 and abs(s - round(s)) < 1e-6), 6)
+    return f"{value * scale:.{digits}f}{suffix}"
 
 
 class Frame:
     """Axes: data to coordinates, ticks with their grid lines."""
 
     def __init__(
-        self, xs: Sequence[float], ys: Sequence[float], floor: float | None, height: int = HEIGHT
+        self, xs: Sequence[float], ys: Sequence[float], height: int = HEIGHT, least: float = 0.0
     ):
         self.height = height
         self.x_ticks, (self.x0, self.x1) = _ticks(min(xs), max(xs), 4, tight=True)
-        low = min(ys) if floor is None else min(floor, *ys)
-        self.y_ticks, (self.y0, self.y1) = _ticks(low, max(ys), 4)
+        low, high = min(ys), max(ys)
+        if high - low < least:
+            middle = (low + high) / 2
+            low, high = middle - least / 2, middle + least / 2
+        self.y_ticks, (self.y0, self.y1) = _ticks(low, high, 4)
 
     def x(self, value: float) -> float:
         return LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
@@ -76,116 +96,110 @@ class Frame:
         inner = self.height - TOP - BOTTOM
         return self.height - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * inner
 
-    def axes(self, x_name: str, y_name: str, write_x: Write, write_y: Write) -> str:
-        bottom = self.height - BOTTOM
-        parts = []
+    def axes(self, x_name: str, y_name: str, x_unit: Unit, y_unit: Unit) -> str:
+        bottom, parts = self.height - BOTTOM, []
         for tick in self.y_ticks:
-            y = self.y(tick)
+            y, text = self.y(tick), tick_text(tick, _gap(self.y_ticks), y_unit)
             parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-            text = escape(write_y(tick))
-            place = f'x="{LEFT - 5}" y="{y + 3.5:.1f}"'
-            parts.append(f'<text class="tick" {place} text-anchor="end">{text}</text>')
+            parts.append(_text("tick", LEFT - 6, y + 3.5, text, "end"))
         for tick in self.x_ticks:
-            x = self.x(tick)
-            anchor = "end" if x > WIDTH - 24 else "middle"
+            x, text = self.x(tick), tick_text(tick, _gap(self.x_ticks), x_unit)
             parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v4"/>')
-            text = escape(write_x(tick))
-            place = f'x="{x:.1f}" y="{bottom + 15}" text-anchor="{anchor}"'
-            parts.append(f'<text class="tick" {place}>{text}</text>')
+            parts.append(_text("tick", x, bottom + 15, text, "end" if x > WIDTH - 24 else "middle"))
         parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>')
-        middle = (LEFT + WIDTH - RIGHT) / 2
-        place = f'x="{middle}" y="{self.height - 4}" text-anchor="middle"'
-        parts.append(f'<text class="name" {place}>{escape(x_name)}</text>')
-        parts.append(
-            f'<text class="name" transform="translate(10 {(TOP + bottom) / 2:.0f}) rotate(-90)" '
-            f'text-anchor="middle">{escape(y_name)}</text>'
-        )
+        parts.append(_text("name", (LEFT + WIDTH - RIGHT) / 2, self.height - 4, x_name, "middle"))
+        parts.append(_text("name", 2, 11, y_name, "start"))
         return "".join(parts)
 
 
 def line_chart(
     lines: Sequence[Line],
     y_name: str,
-    write_y: Write = number_axis,
-    floor: float | None = None,
+    unit: Unit = "",
+    from_zero: bool = False,
     level: tuple[str, float] | None = None,
-    key: bool = True,
+    least: float = 0.0,
 ) -> str:
-    """Curves over steps with their legend; `level` is a named dashed line to compare with."""
-    lines = [Line(n.name, _finite(n.points), n.colour, n.dashed) for n in lines]
+    """Curves over steps with their legend.
+
+    `level`: a named dotted line to compare with; `least`: the height that the axis covers at least,
+    so that noise is not drawn as large as a trend.
+    """
+    lines = [replace(n, points=[(x, y) for x, y in n.points if math.isfinite(y)]) for n in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return '<p class="none">no points yet</p>'
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points] + ([level[1]] if level else [])
-    frame = Frame(xs, ys, floor)
-    parts = [frame.axes("step", y_name, number_axis, write_y)]
+    ys = [y for line in lines for _, y in line.points]
+    ys += [level[1]] if level else []
+    ys += [0.0] if from_zero else []
+    frame = Frame([x for line in lines for x, _ in line.points], ys, least=least)
+    parts = [frame.axes("step", y_name, "", unit)]
     if level:
         y = frame.y(level[1])
         parts.append(f'<path class="level" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
     data = []
     for line in lines:
         spots = [(frame.x(x), frame.y(y)) for x, y in line.points]
-        colour = f"c{line.colour % COLOURS}"
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in spots)
         dashed = " dashed" if line.dashed else ""
-        parts.append(f'<path class="line {colour}{dashed}" d="M{path}"/>')
-        if len(spots) <= 24:
-            dots = "".join(
-                f'<circle class="spot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in spots
-            )
-            parts.append(dots)
-        read = [[round(x, 1), round(s), write_y(v) if write_y is percent_axis else f"{v:.4g}"]
-                for (x, _), (s, v) in zip(spots, line.points, strict=True)]  # fmt: skip
-        data.append({"name": line.name, "colour": colour, "points": read})
+        parts.append(f'<path class="line {line.colour}{dashed}" d="M{path}"/>')
+        if len(spots) <= MOST_SPOTS:
+            parts += [
+                f'<circle class="spot {line.colour}" cx="{x:.1f}" cy="{y:.1f}" r="2"/>'
+                for x, y in spots
+            ]
+        read = [
+            [round(x, 1), round(step), f"{value:.1%}" if unit else f"{value:.4g}"]
+            for (x, _), (step, value) in zip(spots, line.points, strict=True)
+        ]
+        data.append({"name": line.name, "points": read})
     parts.append(f'<path class="hair" d="M0 {TOP}V{frame.height - BOTTOM}"/>')
     label = f"{y_name} over steps: {', '.join(line.name for line in lines)}"
     chart = _svg("".join(parts), frame.height, label, f' data-lines="{escape(json.dumps(data))}"')
-    names = [(n.name, f"c{n.colour % COLOURS}{' dashed' if n.dashed else ''}") for n in lines]
+    names = [(n.name, f"{n.colour}{' dashed' if n.dashed else ''}") for n in lines]
     if level:
         names.append((level[0], "level"))
-    return chart + (legend(names) if key and len(names) > 1 else "")
+    return chart + (legend(names) if len(names) > 1 else "")
 
 
 def dot_chart(
     dots: Sequence[Dot],
     x_name: str,
     y_name: str,
-    write_x: Write = number_axis,
-    write_y: Write = percent_axis,
+    x_unit: Unit = "",
     steps: Sequence[tuple[float, float]] = (),
 ) -> str:
-    """Points; `steps`: a front's (x, y), cheapest first, joined in steps, for between two of them a
-    budget buys the cheaper one."""
+    """Points, their height a fraction; `steps`: a front's (x, y), cheapest first, joined in steps,
+    for between two of them a budget buys the cheaper one."""
     xs = [d.x for d in dots]
     ys = [y for d in dots for y in (d.y - d.error, d.y + d.error)]
-    frame = Frame(xs, ys, None, 260)
-    parts = [frame.axes(x_name, y_name, write_x, write_y)]
+    frame = Frame(xs, ys, 260)
+    parts = [frame.axes(x_name, y_name, x_unit, "%")]
     if len(steps) > 1:
         first, *rest = [(frame.x(x), frame.y(y)) for x, y in steps]
         path = f"M{first[0]:.1f} {first[1]:.1f}" + "".join(f"H{x:.1f}V{y:.1f}" for x, y in rest)
-        parts.append(f'<path class="line c0" d="{path}"/>')
+        parts.append(f'<path class="line front" d="{path}"/>')
     for dot in dots:
         parts.append(_dot(dot, frame))
     return _svg("".join(parts), frame.height, f"{y_name} against {x_name}")
 
 
 def _dot(dot: Dot, frame: Frame) -> str:
-    x, y, colour = frame.x(dot.x), frame.y(dot.y), f"c{dot.colour % COLOURS}"
+    x, y = frame.x(dot.x), frame.y(dot.y)
     parts = ""
     if dot.error:
         low, high = frame.y(dot.y - dot.error), frame.y(dot.y + dot.error)
-        parts = f'<path class="bar {colour}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
+        parts = f'<path class="bar {dot.colour}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
     tip = f' data-tip="{escape(dot.tip)}" tabindex="0" role="img" aria-label="{escape(dot.tip)}"'
     if dot.shape == "star":
         corners = " ".join(
             f"{x + r * math.sin(i * math.pi / 5):.1f},{y - r * math.cos(i * math.pi / 5):.1f}"
             for i, r in enumerate([8, 3.4] * 5)
         )
-        return f'{parts}<polygon class="dot {colour} star" points="{corners}"{tip}/>'
+        return f'{parts}<polygon class="dot {dot.colour} star" points="{corners}"{tip}/>'
     radius = {"dot": 4.5, "small": 2.6, "ring": 6.5}[dot.shape]
     place = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius}"'
-    return f'{parts}<circle class="dot {colour} {dot.shape}" {place}{tip}/>'
+    return f'{parts}<circle class="dot {dot.colour} {dot.shape}" {place}{tip}/>'
 
 
 def margin_bar(value: float, error: float, most: float, doubtful: bool) -> str:
@@ -224,8 +238,13 @@ def _svg(inner: str, height: int, label: str, extra: str = "") -> str:
     )
 
 
-def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(y)]
+def _text(kind: str, x: float, y: float, text: str, anchor: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {place}>{escape(text)}</text>'
+
+
+def _gap(ticks: Sequence[float]) -> float:
+    return ticks[1] - ticks[0] if len(ticks) > 1 else abs(ticks[0]) or 1.0
 
 
 def _ticks(

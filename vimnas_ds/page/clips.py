@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from vimnas_ds.confusion import class_labels
-from vimnas_ds.page.markup import escape, grid, percent, section
+from vimnas_ds.page.markup import escape, percent, section
 from vimnas_ds.report.pictures import Picture, sample_strip
 from vimnas_ds.search.run import SearchRun
 from vimnas_ds.space import Arch
@@ -83,7 +83,7 @@ def contact_sheets(clips: dict[str, list[Clip]], name: str, split: str) -> str:
         for is_right, title in ((True, "right"), (False, "wrong")):
             chosen = [c for c in found if c.is_right == is_right]
             if chosen:
-                body += grid(*(_figure(c) for c in chosen), kind="small")
+                body += f'<div class="clips">{"".join(map(_figure, chosen))}</div>'
             else:
                 body += f"<p>None of those looked at was {title}.</p>"
     lead = f"Samples of {split} as {name} sees them: the true class, and what it takes them for."

@@ -99,5 +99,6 @@ def figure(title: str, drawing: str, note: str = "") -> str:
 
 
 def grid(*figures: str, kind: str = "") -> str:
-    """Figures side by side where there is room."""
+    """Figures side by side where there is room; four stand better in two rows of two."""
+    kind = kind or ("two" if len(figures) in (2, 4) else "")
     return f'<div class="grid {escape(kind)}">{"".join(figures)}</div>'

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
 from vimnas_ds.page.architecture import draw_architecture
-from vimnas_ds.page.charts import Dot, dot_chart, legend, margin_bar
+from vimnas_ds.page.charts import Dot, dot_chart, legend, margin_bar, subnet_colour
 from vimnas_ds.page.markup import (
     Cell,
     escape,
@@ -26,6 +25,7 @@ from vimnas_ds.page.record import Record
 from vimnas_ds.report.decisions import UNITS
 from vimnas_ds.search.comparison import SizeGap, Verdict
 from vimnas_ds.search.perturb import Decision
+from vimnas_ds.search.statistics import standard_error
 from vimnas_ds.space import Arch
 from vimnas_ds.train.dry_run import cost_of
 
@@ -103,9 +103,9 @@ def front(record: Record) -> str:
         cost = f"{p['cost']:,.6g}"
         top1 = points(p["accuracy"], p["accuracy_se"])
         tip = f"{'picked: ' if picked else ''}{arch}\n{resource} {cost}\ntop-1 {top1}"
-        dots.append(Dot(p["cost"], p["accuracy"], tip, 0, p["accuracy_se"]))
+        dots.append(Dot(p["cost"], p["accuracy"], tip, "n3", p["accuracy_se"]))
         if picked:
-            dots.append(Dot(p["cost"], p["accuracy"], tip, 1, shape="ring"))
+            dots.append(Dot(p["cost"], p["accuracy"], tip, "n2", shape="ring"))
         key = f"front:{i}:top1"
         rows.append(
             [
@@ -139,36 +139,40 @@ def controls(record: Record) -> str:
     entries = found["entries"]
     picks = [e["name"] for e in entries if e["role"] == "pick"]
     body = items([str(_verdict(v)) for v in found["verdicts"] if v["beats"] is not None])
-    figures, tables = [], []
-    for name in found["weights"]:
-        dots, rows = list[Dot](), list[list[str | Cell]]()
-        for e in sorted(entries, key=lambda e: ("random", "control", "pick").index(e["role"])):
-            m = e["datasets"][name]
-            top1 = points(m["top1"], m["top1_se"])
-            size = f"{m['params']:,} parameters"
-            tip = f"{e['name']}\n{Arch.from_json(e['arch'])}\n{size}\ntop-1 {top1}"
-            if e["role"] == "random":
-                dots.append(Dot(m["params"], m["top1"], tip, picks.index(e["like"]), shape="small"))
-            elif e["role"] == "pick":
-                dots.append(
-                    Dot(m["params"], m["top1"], tip, picks.index(e["name"]), m["top1_se"], "star")
-                )
-            else:
-                dots.append(Dot(m["params"], m["top1"], tip, 7))
-        for e in entries:
-            if e["role"] == "random":
-                continue
-            rows.append(_row(e["name"], name, e["datasets"][name], e["evaluations"]))
-            alike = [r["datasets"][name] for r in entries if r["like"] == e["name"]]
-            if alike and e["role"] == "pick":
-                rows.append(_mean_row(alike))
-        figures.append(figure(name, dot_chart(dots, "parameters", f"top-1 on {found['split']}")))
-        head = ["sub-network", "top-1", "top-5", "parameters", "GFLOPs a view", "evaluations"]
-        tables.append(f"<h3>{escape(name)}</h3>{table(head, rows)}")
-    names = [(f"{n}: star, random ones of its size: dots", f"c{i}") for i, n in enumerate(picks)]
-    body += grid(*figures) + legend([*names, ("controls", "c7")]) + "".join(tables)
-    lead = f"Picks beside their controls on {found['split']}; errors are one standard error."
-    return section("Controls", body, lead)
+    datasets = list(found["weights"])
+    figures = [figure(d, _dots(entries, d, f"top-1 on {found['split']}")) for d in datasets]
+    names = [(f"{n}: star; dots: random ones of its size", subnet_colour(n)) for n in picks]
+    body += grid(*figures) + legend([*names, ("controls", "c7")])
+    rows: list[list[str | Cell]] = []
+    for e in entries:
+        if e["role"] == "random":
+            continue
+        rows.append(_row(e["name"], datasets, e))
+        alike = [r for r in entries if r["like"] == e["name"]]
+        if alike and e["role"] == "pick":
+            rows.append(_mean_row(alike, datasets))
+    head = ["sub-network", *datasets, "mean", "parameters", "evaluations"]
+    lead = (
+        f"Top-1 on {found['split']} of picks beside their controls; errors are one standard error."
+    )
+    return section("Controls", body + table(head, rows), lead)
+
+
+def _dots(entries: list[dict[str, Any]], dataset: str, y_name: str) -> str:
+    dots = []
+    for e in sorted(entries, key=lambda e: ("random", "control", "pick").index(e["role"])):
+        m = e["datasets"][dataset]
+        top1, size = points(m["top1"], m["top1_se"]), f"{m['params']:,} parameters"
+        tip = f"{e['name']}\n{Arch.from_json(e['arch'])}\n{size}\ntop-1 {top1}"
+        if e["role"] == "random":
+            dot = Dot(m["params"], m["top1"], tip, subnet_colour(e["like"]), shape="small")
+        elif e["role"] == "pick":
+            mine = subnet_colour(e["name"])
+            dot = Dot(m["params"], m["top1"], tip, mine, m["top1_se"], "star")
+        else:
+            dot = Dot(m["params"], m["top1"], tip, "c7")
+        dots.append(dot)
+    return dot_chart(dots, "parameters", y_name)
 
 
 def _verdict(found: Mapping[str, Any]) -> Verdict:
@@ -176,22 +180,21 @@ def _verdict(found: Mapping[str, Any]) -> Verdict:
     return Verdict(**{**values, "size_gap": SizeGap(**found["size_gap"])})
 
 
-def _row(
-    label: str, dataset: str, m: Mapping[str, Any], evaluations: int | None
-) -> list[str | Cell]:
-    key = f"controls:{dataset}:{label}:top1"
-    count = "" if evaluations is None else f"{evaluations:,}"
-    tops: list[str | Cell] = [label, Cell(points(m["top1"], m["top1_se"]), key), percent(m["top5"])]
-    return [*tops, f"{m['params']:,}", f"{m['gflops']:.4g}", count]
+def _row(label: str, datasets: list[str], entry: Mapping[str, Any]) -> list[str | Cell]:
+    found = [(d, entry["datasets"][d]) for d in datasets]
+    cells = [Cell(points(m["top1"], m["top1_se"]), f"controls:{d}:{label}:top1") for d, m in found]
+    mean = Cell(percent(entry["mean_top1"]), f"controls:mean:{label}:top1")
+    count = "" if entry["evaluations"] is None else f"{entry['evaluations']:,}"
+    return [label, *cells, mean, f"{found[0][1]['params']:,}", count]
 
 
-def _mean_row(alike: list[Mapping[str, Any]]) -> list[str | Cell]:
-    tops = [m["top1"] for m in alike]
-    error = statistics.stdev(tops) / math.sqrt(len(tops)) if len(tops) > 1 else 0.0
-    mean = {k: statistics.fmean(m[k] for m in alike) for k in ("top5", "params", "gflops")}
-    label = f"· {len(alike)} random of its size (best {percent(max(tops))})"
-    costs = [f"{mean['params']:,.0f}", f"{mean['gflops']:.4g}", ""]
-    return [label, points(statistics.fmean(tops), error), percent(mean["top5"]), *costs]
+def _mean_row(alike: list[dict[str, Any]], datasets: list[str]) -> list[str | Cell]:
+    cells: list[str | Cell] = [f"· {len(alike)} random ones of its size, mean"]
+    for tops in ([e["datasets"][d]["top1"] for e in alike] for d in datasets):
+        cells.append(points(statistics.fmean(tops), standard_error(tops)))
+    cells.append(percent(statistics.fmean(e["mean_top1"] for e in alike)))
+    params = statistics.fmean(e["datasets"][datasets[0]]["params"] for e in alike)
+    return [*cells, f"{params:,.0f}", ""]
 
 
 def evaluation(record: Record) -> str:
@@ -276,13 +279,11 @@ def ranking(record: Record) -> str:
             a[f"alone/{panel}"],
             f"{Arch.from_json(a['arch'])}\n{a['params']:,} parameters\ninherited "
             f"{percent(a[f'inherited/{panel}'])}, alone {percent(a[f'alone/{panel}'])}",
-            0,
+            "n3",
         )
         for a in found["archs"]
     ]
-    chart = dot_chart(
-        dots, f"inherited top-1, {panel}", "trained alone, top-1", lambda v: f"{100 * v:.3g}%"
-    )
+    chart = dot_chart(dots, f"inherited top-1, {panel}", "trained alone, top-1", "%")
     drawing = grid(figure("Inherited against stand-alone accuracy", chart), kind="two")
     lead = f"{len(found['archs'])} sub-networks trained alone for {found['epochs']} epochs each."
     return section("Ranking", body + table(head, rows) + drawing, lead)
@@ -300,7 +301,7 @@ def picks(record: Record) -> str:
     for name, found in record.picks.items():
         for dataset, m in found["datasets"].items():
             key = f"select:{dataset}:{name}:top1"
-            scores = [
+            scores: list[str | Cell] = [
                 Cell(percent(m["select_top1"]), key),
                 f"{m['select_loss']:.3f}",
                 f"{m['count']:,}",

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from vimnas_ds.page.charts import Line, line_chart, percent_axis
+from vimnas_ds.page.charts import SUBNETS, Line, colour, line_chart, subnet_colour
 from vimnas_ds.page.markup import (
     Cell,
     escape,
@@ -25,27 +25,20 @@ from vimnas_ds.space import Arch
 from vimnas_ds.train.circumstances import PACKAGES
 from vimnas_ds.train.run_files import config_object
 
-#: colours of what is no dataset: two well-known sub-networks, then the others
-SUBNETS = ("largest", "smallest")
-
 
 def headline(record: Record) -> str:
     """Name, what it is, how far it is, and the numbers that one asks for first."""
     section_ = record.config.vimnas
     space = section_.search_space
-    what = (
-        f"{space.size():,} sub-networks of {section_.space}"
-        if space.size() > 1
-        else "one sub-network of " + section_.space
-    )
-    tiles = [_state_tile(record), ("trains", what)]
-    for name in SUBNETS if space.size() > 1 else ("arch",):
+    size = f"space, {space.size():,} sub-networks" if space.size() > 1 else "space, one sub-network"
+    tiles = [_state_tile(record), (size, section_.space)]
+    for name in SUBNETS[:2] if space.size() > 1 else ("arch",):
         last = [
             c[-1][1] for d in record.datasets if (c := record.curves.get(f"select/{d}/top1/{name}"))
         ]
         if last:
             mean = sum(last) / len(last)
-            tiles.append((f"{name}: top-1 on select, latest, mean of {len(last)}", percent(mean)))
+            tiles.append((f"{name}: top-1 on select, latest, mean of datasets", percent(mean)))
     if record.chosen is not None:
         pick = record.picks[record.chosen]
         most = max(d["params"] for d in pick["datasets"].values())
@@ -56,7 +49,8 @@ def headline(record: Record) -> str:
     chosen = ""
     if record.chosen is not None:
         arch = Arch.from_json(record.picks[record.chosen]["arch"])
-        chosen = f'<p>Chosen: <b data-cell="chosen">{escape(arch)}</b></p>'
+        words = f"depth {arch.depth}, width {arch.embed_dim}, per layer heads and MLP ratios"
+        chosen = f'<p>Chosen: <b data-cell="chosen" title="{words}">{escape(arch)}</b></p>'
     return (
         f"<h1>{escape(record.name)}</h1>"
         f'<p class="about">{escape(about)}</p>{chosen}<div class="tiles">{cells}</div>'
@@ -71,7 +65,7 @@ def _state_tile(record: Record) -> tuple[str, str]:
     if record.progress is None:
         return "begun, no step logged yet", "begun"
     done, total = record.progress
-    when = record.log[-1].partition("  ")[0]
+    when = record.log[-1].partition("  ")[0][:16].replace("T", " ")
     return f"of {total:,} steps, not finished; last wrote {when}", f"step {done:,}"
 
 
@@ -81,13 +75,13 @@ def curves(record: Record) -> str:
 
     def per_dataset(prefix: str) -> list[Line]:
         found = record.by_tag(prefix)
-        return [Line(n, found[n], i) for n, i in numbers.items() if n in found]
+        return [Line(n, found[n], colour("c", i)) for n, i in numbers.items() if n in found]
 
     if not any(tag.startswith("train/") for tag in record.curves):
         return section("Curves", "<p>No step has been logged yet.</p>")
     figures = [figure("Training loss", line_chart(per_dataset("train/loss/"), "loss (nats)"))]
     if lines := per_dataset("train/top1/"):
-        chart = line_chart(lines, "top-1", percent_axis, 0.0)
+        chart = line_chart(lines, "top-1", "%", from_zero=True)
         figures.append(figure("Training top-1", chart, "not counted where labels are mixed"))
     if lines := per_dataset("alpha/loss/"):
         figures.append(figure("Loss of the alpha steps", line_chart(lines, "loss (nats)")))
@@ -97,16 +91,16 @@ def curves(record: Record) -> str:
         ("Wait for data", "train/data_time_ms", "ms a step"),
     ):
         if tag in record.curves:
-            line = Line(title.lower(), record.curves[tag], 7)
-            figures.append(figure(title, line_chart([line], unit, floor=0.0)))
+            line = Line(title.lower(), record.curves[tag], "c7")
+            figures.append(figure(title, line_chart([line], unit, from_zero=True)))
     selects = []
     for name in record.datasets:
         found = {n: c for n, c in record.by_tag(f"select/{name}/top1/").items() if c}
         if found:
             classes = (record.labels or {}).get(name)
             level = ("chance", 1 / len(classes)) if classes else None
-            lines = [Line(n, found[n], i, n not in SUBNETS) for i, n in enumerate(_ordered(found))]
-            chart = line_chart(lines, "top-1", percent_axis, 0.0, level)
+            lines = [Line(n, found[n], subnet_colour(n), n not in SUBNETS) for n in _ordered(found)]
+            chart = line_chart(lines, "top-1", "%", True, level)
             selects.append(figure(name, chart))
     body = grid(*figures)
     if selects:
@@ -151,10 +145,12 @@ def alphas(record: Record) -> str:
 def _probabilities(steps: Sequence[int], values: object, choices: Sequence[float]) -> str:
     rows = [[float(v) for v in row] for row in values]  # type: ignore[attr-defined]
     lines = [
-        Line(f"{choice:g}", [(s, row[i]) for s, row in zip(steps, rows, strict=True)], i)
+        Line(
+            f"{choice:g}", [(s, row[i]) for s, row in zip(steps, rows, strict=True)], colour("q", i)
+        )
         for i, choice in enumerate(choices)
     ]
-    return line_chart(lines, "probability", level=("uniform", 1 / len(choices)))
+    return line_chart(lines, "probability", least=0.1, level=("uniform", 1 / len(choices)))
 
 
 def test_scores(record: Record) -> str:
