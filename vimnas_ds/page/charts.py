@@ -202,11 +202,13 @@ def _dot(dot: Dot, frame: Frame) -> str:
     return f'{parts}<circle class="dot {dot.colour} {dot.shape}" {place}{tip}/>'
 
 
-def margin_bar(value: float, error: float, most: float, doubtful: bool) -> str:
-    """A margin with one (thick) and two (thin) standard errors around it; 0 is the upright line."""
+def margin_bar(value: float, error: float, reach: tuple[float, float], doubtful: bool) -> str:
+    """A margin with one (thick) and two (thin) standard errors around it; 0 is the upright line.
+    `reach`: the values at both ends."""
+    low, high = reach
 
     def x(v: float) -> float:
-        return 4 + 112 * min(max((v + 0.35 * most) / (1.7 * most), 0), 1)
+        return 4 + 112 * (v - low) / ((high - low) or 1.0)
 
     bars = ""
     if math.isfinite(error):

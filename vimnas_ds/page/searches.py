@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -64,7 +65,9 @@ def decisions(record: Record) -> str:
     made = [Decision.from_json(d) for d in found["decisions"]]
     unit = UNITS[found["objective"]["metric"]]
     most = max((abs(v) for d in made for v in d.drop.values()), default=0) or 1.0
-    widest = max((abs(d.margin.value) for d in made), default=0) or 1.0
+    known = [(d.margin.value, d.margin.se) for d in made if math.isfinite(d.margin.se)]
+    ends = [0.0, *(v + side * se for v, se in known for side in (-2, 2))]
+    ends += [d.margin.value for d in made]
     rows = []
     for d in made:
         chips = ""
@@ -76,7 +79,7 @@ def decisions(record: Record) -> str:
             chips += f'<span class="chip{kept}" style="{style}">{text}</span>'
         margin = f"{unit.write(d.margin.value)} ± {unit.write(d.margin.se)}"
         note = f" ({d.note})" if d.note else ""
-        bar = margin_bar(d.margin.value, d.margin.se, widest, bool(d.note))
+        bar = margin_bar(d.margin.value, d.margin.se, (min(ends), max(ends)), bool(d.note))
         rows.append(
             f'<div class="decision"><b>{escape(d.name)}</b><div class="chips">{chips}</div>'
             f'<div class="against">{bar}<span data-cell="margin:{escape(d.name)}">'
@@ -189,7 +192,7 @@ def _row(label: str, datasets: list[str], entry: Mapping[str, Any]) -> list[str 
 
 
 def _mean_row(alike: list[dict[str, Any]], datasets: list[str]) -> list[str | Cell]:
-    cells: list[str | Cell] = [f"· {len(alike)} random ones of its size, mean"]
+    cells: list[str | Cell] = [Cell(f"{len(alike)} random ones of its size, mean", tone="soft")]
     for tops in ([e["datasets"][d]["top1"] for e in alike] for d in datasets):
         cells.append(points(statistics.fmean(tops), standard_error(tops)))
     cells.append(percent(statistics.fmean(e["mean_top1"] for e in alike)))
@@ -297,16 +300,17 @@ def picks(record: Record) -> str:
     """Each search's pick with its select scores."""
     if not record.picks:
         return ""
+    datasets = [
+        d for d in record.datasets if any(d in p["datasets"] for p in record.picks.values())
+    ]
     rows: list[list[str | Cell]] = []
     for name, found in record.picks.items():
-        for dataset, m in found["datasets"].items():
-            key = f"select:{dataset}:{name}:top1"
-            scores: list[str | Cell] = [
-                Cell(percent(m["select_top1"]), key),
-                f"{m['select_loss']:.3f}",
-                f"{m['count']:,}",
-            ]
-            rows.append([f"{name}: {dataset}", *scores, f"{m['params']:,}", f"{m['gflops']:.4g}"])
-    head = ["search: dataset", "top-1", "loss", "samples", "parameters", "GFLOPs"]
-    lead = "On select, the samples they were chosen on: their test scores are under Controls."
+        row: list[str | Cell] = [name]
+        for dataset in datasets:
+            m = found["datasets"].get(dataset)
+            row.append(Cell(percent(m and m["select_top1"]), f"select:{dataset}:{name}:top1"))
+        arch = str(Arch.from_json(found["arch"]))
+        rows.append([*row, percent(found["accuracy"]), f"{found['loss']:.3f}", arch])
+    head = ["search", *datasets, "mean", "loss", "sub-network"]
+    lead = "Top-1 on select, the samples they were chosen on; their test scores are under Controls."
     return section("Picks", table(head, rows), lead)
