@@ -11,7 +11,7 @@ from vimnas_ds.page.markup import escape
 from vimnas_ds.space import Arch
 
 WIDTH, ROW = 400, 17
-LEFT, HEADS, MLP, TEXT = 24, 28, 160, 302
+LEFT, HEADS, MLP, TEXT = 24, 28, 158, 294
 TOP = 46
 
 

@@ -25,14 +25,17 @@ SHOWN, FRAMES, SIDE = 4, 4, 96
 
 @dataclass(frozen=True)
 class Clip:
-    """One sample: what it is, what it was taken for and how surely, its frames as JPEG."""
+    """One sample: what it is, what it was taken for and how surely, its frames in a row."""
 
     file: str
     true: str
     predicted: str
     probability: float
-    is_right: bool
-    jpeg: bytes
+    frames: Picture
+
+    @property
+    def is_right(self) -> bool:
+        return self.true == self.predicted
 
 
 @torch.no_grad()
@@ -52,27 +55,16 @@ def find_clips(run: SearchRun, arch: Arch, dataset: str, split: str, most: int) 
             shares, guesses = run.net(x, arch=arch, dataset=dataset).float().softmax(-1).max(-1)
             for i, (share, guess) in enumerate(zip(shares.tolist(), guesses.tolist(), strict=True)):
                 true = int(batch.y[i])
-                kind = found[guess == true]
+                kind = found[names[guess] == names[true]]
                 if len(kind) < SHOWN:
-                    jpeg = _jpeg(sample_strip(batch.x[i], FRAMES, SIDE))
-                    kind.append(
-                        Clip(batch.names[i], names[true], names[guess], share, guess == true, jpeg)
-                    )
+                    frames = sample_strip(batch.x[i], FRAMES, SIDE)
+                    kind.append(Clip(batch.names[i], names[true], names[guess], share, frames))
             seen += len(shares)
             if seen >= most or all(len(kind) == SHOWN for kind in found.values()):
                 break
     finally:
         loader.close()
     return found[True] + found[False]
-
-
-def _jpeg(pixels: Picture) -> bytes:
-    picture = Image.fromarray(pixels)
-    if picture.height > 2 * SIDE:
-        picture = picture.resize((picture.width * 2 * SIDE // picture.height, 2 * SIDE))
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=82)
-    return stream.getvalue()
 
 
 def contact_sheets(clips: dict[str, list[Clip]], name: str, split: str) -> str:
@@ -93,10 +85,14 @@ def contact_sheets(clips: dict[str, list[Clip]], name: str, split: str) -> str:
 def _figure(clip: Clip) -> str:
     mark, tone = ("✓", "good") if clip.is_right else ("✗", "bad")
     taken = "" if clip.is_right else f"{escape(clip.predicted)} "
-    data = base64.b64encode(clip.jpeg).decode()
+    picture, stream = Image.fromarray(clip.frames), io.BytesIO()
+    if picture.height > 1.5 * SIDE:
+        picture = picture.resize((picture.width * SIDE // picture.height, SIDE))
+    picture.save(stream, "JPEG", quality=82)
+    data = base64.b64encode(stream.getvalue()).decode()
     guess = f'<b class="{tone}">{mark} {taken}{percent(clip.probability)}</b>'
     return (
-        f'<figure class="clip"><figcaption>{escape(clip.true)}<br>{guess}</figcaption>'
+        f'<figure class="clip" style="width:{picture.width + 16}px"><figcaption>{escape(clip.true)}<br>{guess}</figcaption>'
         f'<img alt="{escape(Path(clip.file).name)}" title="{escape(clip.file)}" '
         f'src="data:image/jpeg;base64,{data}"></figure>'
     )
