@@ -91,10 +91,11 @@ def _figure(clip: Clip) -> str:
     picture.save(stream, "JPEG", quality=82)
     data = base64.b64encode(stream.getvalue()).decode()
     guess = f'<b class="{tone}">{mark} {taken}{percent(clip.probability)}</b>'
+    file = f'alt="{escape(Path(clip.file).name)}" title="{escape(clip.file)}"'
     return (
-        f'<figure class="clip" style="width:{picture.width + 16}px"><figcaption>{escape(clip.true)}<br>{guess}</figcaption>'
-        f'<img alt="{escape(Path(clip.file).name)}" title="{escape(clip.file)}" '
-        f'src="data:image/jpeg;base64,{data}"></figure>'
+        f'<figure class="clip" style="width:{picture.width + 16}px">'
+        f"<figcaption>{escape(clip.true)}<br>{guess}</figcaption>"
+        f'<img {file} src="data:image/jpeg;base64,{data}"></figure>'
     )
 
 

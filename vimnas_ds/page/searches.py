@@ -235,7 +235,9 @@ def evaluation(record: Record) -> str:
         if d["skipped"]
     ]
     body += items(left) if left else ""
-    lead = f"On {found['split']}, several views of each sample (clips placed {found['placement']})."
+    lead = (
+        f"On {found['split']}, all views of a sample averaged (clips placed {found['placement']})."
+    )
     return section("Evaluation", body, lead)
 
 
