@@ -32,7 +32,7 @@ from vimnas_ds.report import pictures
 log = logging.getLogger(__name__)
 
 Choice = int | float
-Setting = str | bool | int | float
+Setting = str | int | float  # TensorBoard shows a truth value as 1 or 0
 
 
 #: Whose scores stand in the hyperparameters' table.

@@ -16,13 +16,13 @@ from vimnas_ds.train.ranks import Ranks
 PACKAGES = ("vimnas_ds", "torch", "deepspeed", "torchvision", "numpy", "av", "safetensors")
 
 
-def main_settings(config: RunConfig, ranks: Ranks) -> dict[str, str | bool | int | float]:
+def main_settings(config: RunConfig, ranks: Ranks) -> dict[str, str | int | float]:
     """What one looks at first when two runs differ, by its key in the configuration."""
     section = config.vimnas
     return {
         "train_batch_size": config.global_batch,
         "gradient_clipping": config.deepspeed["gradient_clipping"],
-        "bf16": config.bf16(ranks.device.type == "cuda"),
+        "precision": "bf16" if config.bf16(ranks.device.type == "cuda") else "fp32",
         "ranks": ranks.world_size,
         "space": section.space if section.arch is None else str(section.arch.arch()),
         "seed": section.seed,
@@ -34,7 +34,7 @@ def main_settings(config: RunConfig, ranks: Ranks) -> dict[str, str | bool | int
         "warmup": f"{section.schedule.warmup:g} {section.schedule.warmup_unit}",
         "alpha.every": section.alpha.every if section.alpha.enabled else 0,
         "alpha.lr": section.alpha.lr,
-        "qk_norm": section.model.qk_norm,
+        "qk_norm": "on" if section.model.qk_norm else "off",
         "layer_scale": section.model.layer_scale or 0.0,
         "drop_path": section.model.drop_path,
         "warm_start": str(section.model.init or section.model.inherit or ""),
