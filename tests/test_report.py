@@ -151,7 +151,7 @@ def test_hyperparameters_and_first_screen_are_there_once_however_often_resumed(
     ):
         assert len(charts[title]) == len(tags)
         for pattern, tag in zip(charts[title], tags, strict=True):
-            assert [t for t in ("train/loss/k400", *tags) if re.match(pattern, t)] == [tag]
+            assert {t for t in ("train/loss/k400", *tags) if re.match(pattern, t)} == {tag}
 
 
 def test_a_resumed_file_sorts_after_those_already_there(
