@@ -294,7 +294,10 @@ def test_a_killed_run_shows_its_curves_and_what_could_not_be_read(tmp_path: Path
     root = train(tmp_path / "run", 60)
     (root / "front").mkdir()
     (root / "front" / "front.json").write_text('{"cost": {"resour')
+    (root / "ranking").mkdir()
+    (root / "ranking" / "ranking.json").write_text('{"verdict": "a later form"}')
     text = make(root)
+    assert "the part &#x27;ranking&#x27; is left out, its files have another form" in text
     assert "<b>step 60</b><span>of 100 steps, not finished; last wrote 2026-05-06 07:08<" in text
     assert "<dt>skipped steps (non-finite)</dt><dd>3</dd>" in text
     assert "front.json cannot be read and is left out" in text

@@ -47,6 +47,8 @@ def find_clips(run: SearchRun, arch: Arch, dataset: str, split: str, most: int) 
     section_ = run.config.vimnas.data.datasets[dataset]
     names = class_labels(run.data.catalogs[dataset].class_names, section_.num_classes)
     found: dict[bool, list[Clip]] = {True: [], False: []}
+    if not run.data.splits[dataset][split]:
+        return []
     loader = run.loaders.evaluation(dataset, split, 8)
     seen = 0
     try:

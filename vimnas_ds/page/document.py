@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -21,21 +22,22 @@ CSS, JS = (Path(__file__).with_name(name).read_text("utf-8") for name in ("page.
 
 def build_page(record: Record, clips: str, now: datetime) -> str:
     """`clips`: the part with samples, made by `clips.contact_sheets` or `without_clips`."""
-    parts = [
-        searches.architectures(record),
-        training.test_scores(record),
-        searches.controls(record),
-        training.curves(record),
-        training.alphas(record),
-        searches.decisions(record),
-        searches.picks(record),
-        searches.front(record),
-        searches.evaluation(record),
-        searches.ranking(record),
-        clips,
-        training.faults(record),
-        training.configuration(record),
+    first = [
+        searches.architectures,
+        training.test_scores,
+        searches.controls,
+        training.curves,
+        training.alphas,
+        searches.decisions,
+        searches.picks,
+        searches.front,
+        searches.evaluation,
+        searches.ranking,
     ]
+    head = _part(training.headline, record)
+    parts = [_part(make, record) for make in first]
+    # the last two tell of what the others could not use
+    parts += [clips, training.faults(record), training.configuration(record)]
     body = "".join(parts)
     titles = re.findall(r'<section id="([^"]*)"><h2><a href="[^"]*">([^<]*)</a>', body)
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles)
@@ -50,7 +52,18 @@ def build_page(record: Record, clips: str, now: datetime) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(record.name)}</title><style>{CSS}</style></head><body><main>"
-        f"{training.headline(record)}<nav>{links}</nav>{body}"
+        f"{head}<nav>{links}</nav>{body}"
         f'<p class="about">{escape(made)}</p></main><div id="tip" role="status"></div>'
         f"<script>{JS}</script></body></html>\n"
     )
+
+
+def _part(make: Callable[[Record], str], record: Record) -> str:
+    """A part, or nothing and a note where its file has not the form that this version writes."""
+    try:
+        return make(record)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as err:
+        record.notes.append(
+            f"the part {make.__name__!r} is left out, its files have another form: {err!r}"
+        )
+        return ""

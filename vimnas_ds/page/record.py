@@ -27,7 +27,7 @@ MOST_POINTS = 240
 GUIDANCE = {"scalars": 0, "tensors": 0, "images": 1, "histograms": 1, "compressedHistograms": 1}
 #: lines of train.log that tell of something that went otherwise than planned
 EVENTS = re.compile(
-    r"is unusable|was skipped|resumed from|^stopped|going back|given up|disk is|slow|damaged"
+    r"is unusable|was skipped|resumed from|^stopped|going back|given up|damaged|rewind|rewound"
 )
 MOST_EVENTS = 40
 
@@ -115,7 +115,7 @@ def read_record(root: Path) -> Record:
     )
     for file in sorted(root.glob("*/result.json")):
         found = _json(file, notes)
-        if found is not None and "arch" in found:
+        if found is not None and "arch" in found and "selector" in found:
             record.picks[file.parent.name] = found
     if files.log.is_file():
         record.log = files.log.read_text(encoding="utf-8", errors="replace").splitlines()
