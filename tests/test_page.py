@@ -71,7 +71,7 @@ def train(root: Path, steps: int) -> Path:
         choices |= {f"num_heads[{i}]": c for i, c in enumerate(SPACE.num_heads)}
         shares = {k: [(i + 1) / sum(range(len(c) + 1)) for i in range(len(c))]
                   for k, c in choices.items()}  # fmt: skip
-        board.alphas(step, shares, choices)
+        board.alphas(step, {**shares, "num_heads[1]": [0.875, 0.125]}, choices)
     board.close()
     return root
 
@@ -323,6 +323,9 @@ def test_alphas_are_shown_for_every_decision(searched: tuple[Path, Path]) -> Non
     embed = json.loads(charts[0] or "")
     assert [line["name"] for line in embed] == ["32", "48", "64"]
     assert {point[2] for point in embed[2]["points"]} == {"0.5"}
+    first, second = (json.loads(charts[3 + layer] or "")[0] for layer in (0, 1))
+    assert {point[2] for point in first["points"]} == {"0.3333"}
+    assert {point[2] for point in second["points"]} == {"0.875"}
 
 
 def test_a_layer_is_drawn_with_its_heads_and_its_mlp(searched: tuple[Path, Path]) -> None:

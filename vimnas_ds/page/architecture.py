@@ -36,10 +36,9 @@ def draw_architecture(arch: Arch, largest: Arch) -> str:
         heads = arch.num_heads[layer] if there else 0
         for head in range(largest.num_heads[layer]):
             kind = "block heads" if head < heads else "ghost"
-            size = cell - 2
             parts.append(
                 f'<rect class="{kind}" x="{HEADS + cell * head:.1f}" y="{y + 1}" '
-                f'width="{size:.1f}" height="{size:.1f}" rx="1.5"/>'
+                f'width="{cell - 2:.1f}" height="10" rx="1.5"/>'
             )
         full = room * largest.hidden_dim(layer) / widest
         parts.append(_bar("ghost", y, full))

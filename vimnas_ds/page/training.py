@@ -30,7 +30,8 @@ def headline(record: Record) -> str:
     """Name, what it is, how far it is, and the numbers that one asks for first."""
     section_ = record.config.vimnas
     space = section_.search_space
-    size = f"space, {space.size():,} sub-networks" if space.size() > 1 else "space, one sub-network"
+    count = f"{space.size():,}" if space.size() < 1e9 else f"{space.size():.3g}"
+    size = f"space, {count} sub-networks" if space.size() > 1 else "space, one sub-network"
     tiles = [_state_tile(record), (size, section_.space)]
     for name in SUBNETS[:2] if space.size() > 1 else ("arch",):
         last = [
