@@ -23,6 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["vimnas_ds", "vimnas_ds.*"]),
+    package_data={"vimnas_ds.page": ["*.css", "*.js"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
     install_requires=[

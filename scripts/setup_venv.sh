@@ -34,6 +34,15 @@ command -v g++ >/dev/null || apt_install g++
 HEADER=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h
 [ -f "$HEADER" ] || apt_install python3-dev
 
+# a browser, for the test of the report's page: without one it is skipped
+if ! command -v chromium chromium-browser google-chrome >/dev/null; then
+    if [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; then
+        apt_install chromium || echo "no Chromium: the report's page is not tested in a browser"
+    else
+        echo "no Chromium: the report's page is not tested in a browser (apt-get install chromium)"
+    fi
+fi
+
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 pip install -q 'setuptools>=70' wheel ninja

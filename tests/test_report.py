@@ -18,6 +18,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.util.tensor_util import make_ndarray
 
 from vimnas_ds.report import pictures
 from vimnas_ds.report.board import Board, _by_kind
@@ -99,6 +103,57 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     ]
 
 
+def test_hyperparameters_and_first_screen_are_there_once_however_often_resumed(
+    tmp_path: Path,
+) -> None:
+    settings = {"peak_lr": 0.5, "qk_norm": "on", "space": "nano"}
+    for step, scores in ((0, 0.25), (5, 0.5), (8, 0.75)):  # 8: resumed at its end
+        board = Board(tmp_path, step)
+        board.begin(settings, ["k400", "k4"], ["largest", "smallest"])
+        for point in range(step, 8):
+            board.train_loss(point, "k400", 1.0, None)
+        board.end(8, {"k400": {"largest": scores}})
+        board.close()
+    found: dict[str, list[HParamsPluginData]] = {}
+    layouts = []
+    for file in sorted(tmp_path.iterdir()):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                data = value.metadata.plugin_data
+                if data.plugin_name == "hparams":
+                    content = HParamsPluginData.FromString(data.content)
+                    found.setdefault(value.tag, []).append(content)
+                if data.plugin_name == "custom_scalars":
+                    layouts.append(Layout.FromString(value.tensor.string_val[0]))
+    experiment, session = "_hparams_/experiment", "_hparams_/session_start_info"
+    assert [len(found[tag]) for tag in (experiment, session)] == [1, 1]
+    hparams = found[session][0].session_start_info.hparams
+    assert hparams["peak_lr"].number_value == 0.5
+    assert [hparams[key].string_value for key in ("qk_norm", "space")] == ["on", "nano"]
+    metrics = [m.name.tag for m in found[experiment][0].experiment.metric_infos]
+    assert metrics == [
+        f"{split}/{name}/top1/{subnet}"
+        for split in ("select", "test")
+        for name in ("k400", "k4")
+        for subnet in ("largest", "smallest")
+    ]
+    (layout,) = layouts
+    charts = {c.title: list(c.multiline.tag) for part in layout.category for c in part.chart}
+    events = read(tmp_path)
+    assert points(events, "test/k400/top1/largest") == [(8, 0.75)]
+    assert [step for step, _ in points(events, "train/loss/k400")] == list(range(8))
+    assert next(iter(layout.category)).title == "accuracy on select"
+    for title, tags in (
+        ("top-1, largest", ["select/k400/top1/largest", "select/k4/top1/largest"]),
+        ("loss", ["train/loss/k400", "train/loss/k4"]),
+        ("learning rate", ["train/lr"]),
+        ("samples per second", ["train/samples_per_s"]),
+    ):
+        assert len(charts[title]) == len(tags)
+        for pattern, tag in zip(charts[title], tags, strict=True):
+            assert {t for t in ("train/loss/k400", *tags) if re.match(pattern, t)} == {tag}
+
+
 def test_a_resumed_file_sorts_after_those_already_there(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -132,6 +187,11 @@ def test_alphas_are_a_picture_and_an_entropy_per_kind(tmp_path: Path) -> None:
         board.alphas(8, probabilities, {k: c for k, c in choices.items() if k != "depth"})
     board.close()
     events = read(tmp_path)
+    table = make_ndarray(events.Tensors("alpha/table/num_heads")[0].tensor_proto)
+    assert table.tolist() == [[0.5, 0.5], [0.25, 0.75], [0.5, 0.5]]
+    means = [points(events, f"alpha/p/num_heads/{choice}") for choice in (1, 2)]
+    assert means == [[(7, 1.25 / 3)], [(7, 1.75 / 3)]]
+    assert points(events, "alpha/p/depth/3") == [(7, 1.0)]
     kinds = {"embed_dim", "depth", "num_heads", "mlp_ratio"}
     assert set(events.Tags()["images"]) == {f"alpha/probabilities/{kind}" for kind in kinds}
     heads = (2 * math.log(2) - 0.25 * math.log(0.25) - 0.75 * math.log(0.75)) / 3
@@ -168,6 +228,8 @@ def test_pictures_are_read_back_with_their_size(tmp_path: Path) -> None:
 
 def test_a_disabled_board_writes_no_file(tmp_path: Path) -> None:
     board = Board(tmp_path / "tb", 0, enabled=False)
+    board.begin({"seed": 0}, ["k400"], ["largest"])
+    board.end(2, {"k400": {"largest": 0.5}})
     board.train_loss(1, "k400", 1.0, 0.5)
     board.train_step(1, 1e-3, 1.0, 0.0, 0)
     board.alpha_step(1, "k400", 1.0)

@@ -1,5 +1,8 @@
 """TensorBoard: every tag this project writes, in one place.
 
+The custom scalars (`http://localhost:6006/#custom_scalars`) are the first screen: accuracies and
+losses of all datasets side by side, learning rate, pace, how decided the decisions are.
+
 A resumed run repeats the steps after its checkpoint. The writer therefore opens with a mark
 "forget everything from step s on" (`purge_step`), and TensorBoard shows each step once. Readers
 take event files in the order of their names, which begin with the second of their creation.
@@ -17,8 +20,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from vimnas_ds.durable import flush
 from vimnas_ds.report import pictures
@@ -26,6 +32,11 @@ from vimnas_ds.report import pictures
 log = logging.getLogger(__name__)
 
 Choice = int | float
+Setting = str | int | float  # TensorBoard shows a truth value as 1 or 0
+
+
+#: Whose scores stand in the hyperparameters' table.
+SPLITS = ("select", "test")
 
 
 class Board:
@@ -35,6 +46,7 @@ class Board:
     def __init__(self, log_dir: Path, step: int, enabled: bool = True) -> None:
         self._log_dir = log_dir
         self._writer: SummaryWriter | None = None
+        self._is_begun = any(log_dir.glob("events.out.tfevents.*"))
         if enabled:
             self._open(step)
 
@@ -47,6 +59,29 @@ class Board:
         if self._writer is not None:
             self.close()
             self._open(step)
+
+    def begin(
+        self, settings: Mapping[str, Setting], datasets: Sequence[str], subnets: Sequence[str]
+    ) -> None:
+        """The first screen, and the run as a row of the hyperparameters' table with the top-1 of
+        `subnets` on select and test; nothing where an earlier process of the run wrote them."""
+        if self._writer is None or self._is_begun:
+            return
+        metrics = [f"{split}/{d}/top1/{n}" for split in SPLITS for d in datasets for n in subnets]
+        experiment, session, _ = hparams(dict(settings), dict.fromkeys(metrics, 0.0))
+        for summary in (experiment, session):
+            self._summary(summary, 0)
+        self._writer.add_custom_scalars(first_screen(datasets, subnets))
+
+    def end(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """The top-1 on the test splits, by dataset and sub-network. `step` lies behind the last
+        one, so that a run that is resumed at its end shows them once."""
+        if self._writer is None:
+            return
+        for dataset, by_subnet in scores.items():
+            for subnet, top1 in by_subnet.items():
+                self._scalar(f"test/{dataset}/top1/{subnet}", top1, step)
+        self._summary(hparams({}, {})[2], step)
 
     def train_loss(self, step: int, dataset: str, loss: float, top1: float | None) -> None:
         """Weight steps on one dataset since the last point; `top1` None where labels are mixed."""
@@ -90,7 +125,9 @@ class Board:
         probabilities: Mapping[str, Sequence[float]],
         choices: Mapping[str, Sequence[Choice]],
     ) -> None:
-        """All decisions' probabilities: one picture and one mean entropy per kind of decision.
+        """All decisions' probabilities: per kind of decision one picture, one mean entropy, the
+        mean of each choice, and all numbers as one tensor (layers, choices), nan where a layer has
+        fewer choices.
 
         Both mappings have the keys "embed_dim", "depth", "num_heads[LAYER]", "mlp_ratio[LAYER]".
         An entropy of 0 is decided, ln(number of choices) undecided. Raises ValueError if the keys
@@ -112,6 +149,12 @@ class Board:
             else:
                 figure = pictures.alpha_heatmap(f"{kind}: probabilities", p, options)
             self._picture(f"alpha/probabilities/{kind}", pictures.render(figure), step)
+            rows = [torch.tensor(layer) for layer in p]
+            table = torch.nn.utils.rnn.pad_sequence(rows, True, math.nan)
+            self._writer.add_tensor(f"alpha/table/{kind}", table, step)
+            if all(layer == options[0] for layer in options):
+                for choice, share in zip(options[0], table.mean(0).tolist(), strict=True):
+                    self._scalar(f"alpha/p/{kind}/{choice:g}", share, step)
             entropy = sum(_entropy(layer) for layer in p) / len(p)
             self._scalar(f"alpha/entropy/{kind}", entropy, step)
 
@@ -170,9 +213,41 @@ class Board:
         if self._writer is not None:
             self._writer.add_scalar(tag, value, step)
 
+    def _summary(self, summary: Summary, step: int) -> None:
+        assert self._writer is not None
+        assert self._writer.file_writer is not None
+        self._writer.file_writer.add_summary(summary, step)
+
     def _picture(self, tag: str, picture: pictures.Picture, step: int) -> None:
         assert self._writer is not None
         self._writer.add_image(tag, picture, step, dataformats="HWC")
+
+
+def first_screen(
+    datasets: Sequence[str], subnets: Sequence[str]
+) -> dict[str, dict[str, list[str | list[str]]]]:
+    """Category -> chart -> its curves, as custom scalars are laid out: tags are patterns there."""
+
+    def chart(*tags: str) -> list[str | list[str]]:
+        return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
+
+    def of_all(tag: str) -> list[str | list[str]]:
+        return chart(*(tag.replace("*", dataset) for dataset in datasets))
+
+    kinds = ("embed_dim", "depth", "num_heads", "mlp_ratio")
+    return {
+        "accuracy on select": {f"top-1, {n}": of_all(f"select/*/top1/{n}") for n in subnets},
+        "training": {
+            "loss": of_all("train/loss/*"),
+            "top-1": of_all("train/top1/*"),
+            "learning rate": chart("train/lr"),
+        },
+        "pace": {
+            "samples per second": chart("train/samples_per_s"),
+            "milliseconds waited for data": chart("train/data_time_ms"),
+        },
+        "decisions": {"entropy (nats)": chart(*(f"alpha/entropy/{kind}" for kind in kinds))},
+    }
 
 
 def _wait_for_newer_name(log_dir: Path) -> None:

@@ -81,6 +81,13 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
+def sample_strip(x: Tensor, max_frames: int, min_side: int) -> Picture:
+    """One normalised sample, (3, H, W) or (3, T, H, W), as a row of evenly spaced frames, enlarged
+    as in `contact_sheet`."""
+    pixels = (x if x.ndim == 4 else x.unsqueeze(1)).detach().float().cpu()
+    return _strip(_grey_levels(pixels[:, _spread(pixels.shape[1], max_frames)]), min_side)
+
+
 def captions(y: Tensor, class_names: Sequence[str]) -> list[str]:
     """A label a sample. y: (B,) class numbers, or (B, C) shares of mixed labels, of which the
     largest two are named: "disc 70% ring 30%"."""

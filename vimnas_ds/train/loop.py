@@ -33,6 +33,7 @@ from vimnas_ds.train.checkpoint import (
     save_checkpoint,
     seed_generators,
 )
+from vimnas_ds.train.circumstances import main_settings
 from vimnas_ds.train.engine import build_engine, build_supernet, start_weights
 from vimnas_ds.train.evaluate import Evaluator, Score
 from vimnas_ds.train.faults import FaultReport
@@ -130,6 +131,8 @@ class Trainer:
         )
         self.evaluator.give_up = self._ends_evaluation
         self.board = Board(self.files.tensorboard, position.step + 1, ranks.is_main)
+        picks = [k for k in self.subnets() if "fixed" not in k]
+        self.board.begin(main_settings(config, ranks), list(section.data.datasets), picks)
         total = self.schedule.total_steps
         self.console = Console(total, position.step, self.files.log, ranks.is_main)
         self.faults = FaultReport(
@@ -384,6 +387,8 @@ class Trainer:
         self.faults.collect(self.schedule.total_steps)
         if not self.ranks.is_main:
             return {}
+        top1 = {name: {k: s.top1 for k, s in found.items()} for name, found in scores.items()}
+        self.board.end(self.schedule.total_steps + 1, top1)
         faults = {
             "skipped_steps": self.skipped,
             "samples_replaced": self.faults.replaced,

@@ -2,6 +2,7 @@
 
 OUTPUT_DIR/config.json     the configuration as it ran
 OUTPUT_DIR/labels.json     class names by dataset
+OUTPUT_DIR/environment.json  machine and versions of its latest start
 OUTPUT_DIR/train.log       every line of the console
 OUTPUT_DIR/tensorboard/    event files
 OUTPUT_DIR/checkpoints/    step00001234/ ..., latest, best
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.durable import restore_replaced, write_text
 from vimnas_ds.manifest import Damaged, verify
+from vimnas_ds.train.circumstances import environment
 from vimnas_ds.train.ranks import Ranks, gather_objects
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,10 @@ class RunFiles:
         return self.root / "labels.json"
 
     @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
     def log(self) -> Path:
         return self.root / "train.log"
 
@@ -87,7 +93,8 @@ class RunFiles:
         """Delete an earlier run's files (these only, whatever else the folder holds)."""
         for folder in (self.tensorboard, self.checkpoints, self.search_cache):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.config, self.labels, self.log, self.summary, self.status):
+        kept = (self.config, self.labels, self.environment, self.log, self.summary, self.status)
+        for file in kept:
             file.unlink(missing_ok=True)
 
 
@@ -212,7 +219,8 @@ def claim_folder(
     anew: bool,
 ) -> None:
     """Begin a run in its folder, or go on with it: clear an earlier one where this one starts
-    anew, write config.json and labels.json (class names by dataset); on all ranks together.
+    anew, write config.json, labels.json (class names by dataset) and environment.json; on all ranks
+    together.
 
     Raises ConfigError when some rank does not see rank 0's files: checkpoints need a file system
     that all nodes share.
@@ -223,6 +231,7 @@ def claim_folder(
             files.remove()
         files.root.mkdir(parents=True, exist_ok=True)
         write_text(files.labels, json.dumps(labels, indent=2) + "\n")
+        write_text(files.environment, json.dumps(environment(ranks), indent=2) + "\n")
         write_text(files.config, token)
     dist.barrier()
     deadline = time.monotonic() + 20  # network file systems show new files late

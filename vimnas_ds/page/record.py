@@ -1,0 +1,159 @@
+"""What a run left on disk, read for its page: nothing is computed, nothing has to be there.
+
+A run that was killed lacks files, and the last one it wrote may be cut: what cannot be read is
+named in `notes` and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from vimnas_ds.config import ConfigError, RunConfig, load_config
+from vimnas_ds.train.run_files import RunFiles
+
+#: of a curve, at most; longer ones are averaged in equal parts
+MOST_POINTS = 240
+#: everything of these kinds is read, of the pictures only what the reader insists on
+GUIDANCE = {"scalars": 0, "tensors": 0, "images": 1, "histograms": 1, "compressedHistograms": 1}
+#: lines of train.log that tell of something that went otherwise than planned
+EVENTS = re.compile(
+    r"is unusable|was skipped|resumed from|^stopped|going back|given up|damaged|rewind|rewound"
+)
+MOST_EVENTS = 40
+
+Curve = list[tuple[float, float]]  # (step, value)
+
+
+@dataclass
+class Table:
+    """Probabilities of one kind of decision over time: (steps, layers, choices)."""
+
+    steps: list[int]
+    values: NDArray[np.float64]
+
+
+@dataclass
+class Record:
+    """A run's folder, in memory. What is not there is None or empty."""
+
+    files: RunFiles
+    config: RunConfig
+    labels: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
+    summary: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    comparison: dict[str, Any] | None = None
+    ranking: dict[str, Any] | None = None
+    front: dict[str, Any] | None = None
+    #: result.json of each search by its folder's name
+    picks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    alphas: dict[str, Table] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.files.root.resolve().name
+
+    @property
+    def datasets(self) -> list[str]:
+        return list(self.config.vimnas.data.datasets)
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """The latest step of the log and the number of all; None before the first."""
+        for line in reversed(self.log):
+            if found := re.search(r"  step (\d+)/(\d+)", line):
+                return int(found[1]), int(found[2])
+        return None
+
+    @property
+    def events(self) -> list[str]:
+        """The log's lines of faults, the latest of them."""
+        lines = [line for line in self.log if EVENTS.search(line.partition("  ")[2])]
+        return lines[-MOST_EVENTS:]
+
+    @property
+    def chosen(self) -> str | None:
+        """The pick that the page is about: the method's own, else what there is."""
+        order = ("perturbation", "front", "evolution")
+        return next((n for n in (*order, *self.picks) if n in self.picks), None)
+
+    def by_tag(self, prefix: str) -> dict[str, Curve]:
+        """Curves whose tag begins so, by the rest of it."""
+        return {t.removeprefix(prefix): c for t, c in self.curves.items() if t.startswith(prefix)}
+
+
+def read_record(root: Path) -> Record:
+    """Everything in a run's folder. Raises ConfigError when there is no run."""
+    files = RunFiles(root)
+    if not files.config.is_file():
+        raise ConfigError(f"{root} is no run: it has no {files.config.name}")
+    notes: list[str] = []
+    record = Record(
+        files,
+        load_config(files.config),
+        _json(files.labels, notes),
+        _json(files.environment, notes),
+        _json(files.summary, notes),
+        _json(root / "evaluation.json", notes),
+        _json(root / "compare" / "compare.json", notes),
+        _json(root / "ranking" / "ranking.json", notes),
+        _json(root / "front" / "front.json", notes),
+        notes=notes,
+    )
+    for file in sorted(root.glob("*/result.json")):
+        found = _json(file, notes)
+        if found is not None and "arch" in found and "selector" in found:
+            record.picks[file.parent.name] = found
+    if files.log.is_file():
+        record.log = files.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if files.tensorboard.is_dir():
+        _read_events(record, files.tensorboard)
+    return record
+
+
+def _json(file: Path, notes: list[str]) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        notes.append(f"{file.name} cannot be read and is left out: {err}")
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _read_events(record: Record, folder: Path) -> None:
+    events = EventAccumulator(str(folder), size_guidance=GUIDANCE)
+    events.Reload()
+    tags = events.Tags()
+    for tag in tags["scalars"]:
+        record.curves[tag] = thinned([(e.step, e.value) for e in events.Scalars(tag)])
+    for tag in tags["tensors"]:
+        if tag.startswith("alpha/table/"):
+            found = events.Tensors(tag)
+            step = -(-len(found) // MOST_POINTS)
+            kept = [*found[:-1:step], found[-1]]
+            values = np.stack([make_ndarray(e.tensor_proto) for e in kept]).astype(np.float64)
+            record.alphas[tag.removeprefix("alpha/table/")] = Table([e.step for e in kept], values)
+
+
+def thinned(curve: Curve, most: int = MOST_POINTS) -> Curve:
+    """Means of equal parts, at most `most` of them; the last point stays."""
+    if len(curve) <= most:
+        return curve
+    edges = np.linspace(0, len(curve) - 1, most).astype(int)
+    parts = [np.mean(curve[a:b], axis=0) for a, b in pairwise(edges)]
+    return [(float(x), float(y)) for x, y in parts] + [curve[-1]]
