@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.launch import launch
+from vimnas_ds.train.state_file import read_state
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +105,10 @@ def test_a_run_that_dies_between_a_rewind_and_the_next_save_comes_to_the_same(fa
         a, b = load_file(whole / file), load_file(killed / file)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a), file
+    a, b = (read_state(run / "state.safetensors") for run in (whole, killed))
+    assert a["guard"] == b["guard"]
+    assert len(a["guard"]["guard"]["imagenet"]["seen"]) == 120
+    assert a["position"] == b["position"]
 
 
 def test_bad_checkpoints_are_given_up_and_good_ones_kept(faults):
