@@ -34,9 +34,22 @@ def test_a_leak_is_seen_under_noise_and_a_warm_up_is_none() -> None:
     assert not leaking.is_flat(16)
     assert steady.rise == pytest.approx(0, abs=2)
     assert steady.slopes[0] > 30
-    assert steady.is_flat(3)
+    assert steady.is_flat(6)
     assert trend(STEPS, values(-20)).is_flat(0)
     assert (steady.settled, steady.end) == pytest.approx((550, 550), abs=1)
+
+
+def test_memory_that_is_freed_now_and_then_does_not_hide_a_leak() -> None:
+    """It grows by 20 per 1000 steps, and ends just after 40 were freed."""
+    sawtooth = [
+        v - 40 * (step % 460 > 400 or step > 1840)
+        for step, v in zip(STEPS, values(20), strict=True)
+    ]
+    one = trend(STEPS, sawtooth)
+    assert one.rise < 5
+    assert not one.is_flat(16)
+    with pytest.raises(ValueError, match="second quarter"):
+        trend([*range(8), *range(90, 101)], [3] * 19)
 
 
 def test_too_few_samples_are_no_trend() -> None:
@@ -85,6 +98,7 @@ def test_a_sample_is_what_a_process_holds(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["rank"].rank == 3
     assert found["helper"].pid != process.pid
     assert 64 <= held["PSS (MiB)"] <= held["RSS (MiB)"] < 200
+    assert 64 <= held["anonymous (MiB)"] < held["RSS (MiB)"]
     assert 34 <= held["open files"] <= 38
     assert held["threads"] == 6
     assert held["child processes"] == 1

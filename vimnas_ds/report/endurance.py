@@ -4,9 +4,10 @@ Of each half of a run, with x the step and y the quantity, least squares give
 
     y = a + b x,    rise = b * (last x - first x)
 
-and the quantity is flat if the second half's line rises by no more than a tolerance. A line through
-many samples sees less of an evaluation that happens to run than their difference would; the first
-half is left to caches, pools and allocators that fill.
+and the quantity is flat if neither the second half's line rises by more than a tolerance, nor the
+peak of the last quarter above that of the second: a line through many samples sees little of an
+evaluation that happens to run, peaks see through memory that is freed only now and then. The start
+is left to caches, pools and allocators that fill.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ class Trend:
     end: float  #: median of those of the last quarter
     slopes: tuple[float, float]  #: per 1000 steps, of the first half and of the second
     rise: float  #: of the line through the second half, from its beginning to its end
+    peak_rise: float  #: of the last quarter's peak above the second quarter's
 
     def is_flat(self, tolerance: float) -> bool:
         """Shrinking is flat too."""
-        return self.rise <= tolerance
+        return max(self.rise, self.peak_rise) <= tolerance
 
 
 def trend(steps: Sequence[float], values: Sequence[float]) -> Trend:
@@ -42,13 +44,16 @@ def trend(steps: Sequence[float], values: Sequence[float]) -> Trend:
         raise ValueError(f"a trend needs at least 8 samples, there are {len(x)}")
     share = (x - x[0]) / max(x[-1] - x[0], 1)
     slopes = [_slope(x[part], y[part]) for part in (share <= 0.5, share >= 0.5)]
-    second = x[share >= 0.5]
+    early, late, second = y[(share >= 0.25) & (share <= 0.5)], y[share >= 0.75], x[share >= 0.5]
+    if not len(early):
+        raise ValueError("a trend needs samples in the second quarter of the run")
     return Trend(
         float(y[0]),
-        float(np.median(y[(share >= 0.25) & (share <= 0.5)])),
-        float(np.median(y[share >= 0.75])),
+        float(np.median(early)),
+        float(np.median(late)),
         (1000 * slopes[0], 1000 * slopes[1]),
         slopes[1] * float(second[-1] - second[0]),
+        float(late.max() - early.max()),
     )
 
 

@@ -280,7 +280,7 @@ class SampledAdamW(torch.optim.Optimizer):
             count[:] = state[name].numpy()
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)  # lr is another in every step: room for one step's numbers of updates
 def _bias_corrections(n: int, lr: float, betas: tuple[float, float]) -> tuple[float, float]:
     """(step size, sqrt of the second correction) as float32 holds them: both stop changing after
     a few thousand updates, and cells of equal rates are updated together."""
