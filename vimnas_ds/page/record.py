@@ -7,6 +7,7 @@ named in `notes` and left out.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -136,6 +137,7 @@ def _json(file: Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _read_events(record: Record, folder: Path) -> None:
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resumed run
     events = EventAccumulator(str(folder), size_guidance=GUIDANCE)
     events.Reload()
     tags = events.Tags()
