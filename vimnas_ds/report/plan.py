@@ -128,9 +128,11 @@ def _run(plan: Plan, notes: str) -> str:
             f"  {word} checkpointing: {plan.days(switch):.1f} days, "
             f"{plan.days(switch, alphas=False):.1f} without alpha steps"
         )
+    traffic = plan.step(next(iter(plan.datasets)), checkpointing).traffic
+    gather = traffic.weights / traffic.total if traffic.total else 0.0
     lines.append(
         f"  communication adds up to {plan.traffic_days(checkpointing):.2f} days where none of it "
-        "hides behind computing"
+        f"hides behind computing; {gather:.0%} of it, the all-gather after the update, never does"
     )
     lines.append(
         f"  a checkpoint takes {plan.checkpoint_bytes / GB:.2f} GB, all of the run's at most "
