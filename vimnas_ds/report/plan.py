@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vimnas_ds.report.table import format_table
-from vimnas_ds.training_plan import BF16, FLOAT, PAPER_GPU, PAPER_GPUS, Plan
+from vimnas_ds.training_plan import BF16, DAY, FLOAT, PAPER_GPU, PAPER_GPUS, Plan
 
 GB = 1e9
 
@@ -115,10 +115,12 @@ def _run(plan: Plan, notes: str) -> str:
     for name, (steps, shares) in plan.phases().items():
         for_each = {n: plan.step(n, checkpointing) for n in shares}
         seconds = sum(share * for_each[n].seconds for n, share in shares.items())
+        bare = sum(share * for_each[n].seconds_without_alpha for n, share in shares.items())
         mixture = ", ".join(f"{n} {share:.1%}" for n, share in shares.items())
         lines.append(
             f"  {name} phase: {steps:,} steps of {seconds:.3f} s on average, "
-            f"{steps * seconds / 86400:.1f} days ({mixture})"
+            f"{steps * seconds / DAY:.1f} days (without alpha steps {bare:.3f} s, "
+            f"{steps * bare / DAY:.1f} days; {mixture})"
         )
     for switch in (checkpointing, not checkpointing):
         word = "with" if switch else "without"
@@ -126,9 +128,11 @@ def _run(plan: Plan, notes: str) -> str:
             f"  {word} checkpointing: {plan.days(switch):.1f} days, "
             f"{plan.days(switch, alphas=False):.1f} without alpha steps"
         )
+    traffic = plan.step(next(iter(plan.datasets)), checkpointing).traffic
+    gather = traffic.weights / traffic.total if traffic.total else 0.0
     lines.append(
         f"  communication adds up to {plan.traffic_days(checkpointing):.2f} days where none of it "
-        "hides behind computing"
+        f"hides behind computing; {gather:.0%} of it, the all-gather after the update, never does"
     )
     lines.append(
         f"  a checkpoint takes {plan.checkpoint_bytes / GB:.2f} GB, all of the run's at most "
