@@ -130,7 +130,7 @@ class SubNetwork(nn.Module):
             frames = self.geometry.image_frames if is_image else shape[0]
             centres = token_centres(self.geometry, (frames, height, width), is_image)
             position = sincos_positions(centres, self.position_dim)[:, : self.arch.embed_dim]
-            self._positions[shape, device] = position.to(device).contiguous()
+            self._positions[shape, device] = position.to(device)
         return self._positions[shape, device]
 
     def classify(self, tokens: Tensor, positions: Tensor, dataset: str) -> Tensor:
@@ -158,7 +158,8 @@ class OneHead(nn.Module):
         self.net.geometry = TokenGeometry(tubes, active.index(geometry.image_tube))
         self.net.tokens.tubes = nn.ModuleList(self.net.tokens.tubes[i] for i in active)
         self.net.heads = nn.ModuleDict({dataset: self.net.heads[dataset]})
-        self.register_buffer("positions", net.positions(shape, next(net.parameters()).device))
+        positions = net.positions(shape, next(net.parameters()).device)
+        self.register_buffer("positions", positions.contiguous())
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, *shape) -> logits (B, classes)."""
