@@ -178,7 +178,7 @@ def main() -> int:
         return inner(self)
 
     Trainer.run = run  # type: ignore[method-assign]
-    code = train.main(sys.argv[1:])
+    code = train.main(sys.argv[1:], watched=True)
     life.report()
     return code
 

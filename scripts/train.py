@@ -90,7 +90,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, watched: bool = False) -> int:
+    """`watched`: this process is the run's alone; signals and launchers are heeded, and whatever
+    hangs when it should end is cut off."""
     args = parse(argv)
     rank = os.environ.get("RANK", "0")
     watch = Watch()
@@ -101,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
             if rank == "0":
                 print(describe_run(configure(args), int(os.environ.get("WORLD_SIZE", "1"))))
             return Exit.DONE
-        watch.start()
+        if watched:
+            watch.start()
         trainer = prepare(args, watch)
     except (ConfigError, DataMissing, BadAnnotations, CannotStart, RanksDisagree, OSError) as err:
         if rank == "0":  # it knows what the others cannot start with
@@ -197,4 +200,4 @@ def run(trainer: Trainer, watch: Watch) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(watched=True))

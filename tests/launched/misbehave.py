@@ -57,4 +57,4 @@ class MisbehavingWatch(Watch):
 
 if __name__ == "__main__":
     train.Watch = MisbehavingWatch  # type: ignore[misc]
-    sys.exit(train.main())
+    sys.exit(train.main(watched=True))

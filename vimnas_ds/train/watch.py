@@ -73,6 +73,7 @@ class Watch:
         self._zero: tuple[Beat, float] | None = None  # what rank 0 did, and when it said so
         self._first_signal: float | None = None
         self._posted = False  # a verdict of this rank's own
+        self._signals: int | None = None  # where the numbers of signals are read; None: not started
         self._ending = threading.Lock()
         self._details = ""
 
@@ -103,7 +104,8 @@ class Watch:
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # the thread reads the pipe
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        args = (self._signals,)
+        threading.Thread(target=self._run, args=args, name="watch", daemon=True).start()
 
     def join(self, ranks: Ranks) -> None:
         """From now on all ranks watch one another. Raises CannotStart."""
@@ -134,8 +136,9 @@ class Watch:
     def leave(self, code: Exit) -> None:
         """This rank needs no other any more, and is needed by none: from now on whatever takes
         long is cut off, and signals are ignored (launchers pass them on to one after another)."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        if self._signals is not None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
         self._leaving = (code, time.monotonic())
         self._send_beat()
 
@@ -190,13 +193,13 @@ class Watch:
 
     # -- the thread -------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, signals: int) -> None:
         sent = 0.0
         while True:
             line = self._line
-            ready = wait([self._signals, *([line.connection] if line else [])], BEAT / 2)
-            if self._signals in ready:
-                for number in os.read(self._signals, 64):
+            ready = wait([signals, *([line.connection] if line else [])], BEAT / 2)
+            if signals in ready:
+                for number in os.read(signals, 64):
                     self._signalled(signal.Signals(number))
             if line and line.connection in ready:
                 self._hear(line.receive())
