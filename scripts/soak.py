@@ -129,12 +129,12 @@ def judge(samples: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Series]], 
 
 
 def row(quantity: str, rank: int, one: Trend, flat: bool) -> list[str]:
+    judged = TOLERANCES[quantity]
     values = (one.start, one.settled, one.end, *one.slopes, one.rise, one.peak_rise)
     return [
         f"{quantity}, rank {rank}",
         *(f"{value:.1f}" for value in values),
-        "-" if TOLERANCES[quantity] == math.inf else f"{TOLERANCES[quantity]:.1f}",
-        "flat" if flat else "GROWS",
+        *(("-", "-") if judged == math.inf else (f"{judged:.1f}", "flat" if flat else "GROWS")),
     ]
 
 
