@@ -231,20 +231,21 @@ def test_classifying_turns_pictures_upright_as_the_evaluation_does(trained, tmp_
 
 
 def test_classifying_sees_the_file_as_the_evaluation_does(exported, results, trained):
-    """Own preprocessing (torch) against the DALI graph: nearly the same probabilities."""
+    """Own preprocessing (torch) against the DALI graph: videos the same, images nearly."""
     run = open_run(trained, CPU)
     arch = Arch.from_json(results["evolve"]["arch"])
     for name in ("imagenet", "k400", "ssv2"):
         loader = run.loaders.evaluation(name, "test", 4)
         batch = next(iter(loader))
         root, names = run.data.catalogs[name].root, run.data.catalogs[name].class_names
+        near = 0.02 if name == "imagenet" else 1e-4
         with torch.no_grad():
             expected = run.net(batch.x, arch, name).softmax(-1)
         for path, row in zip(batch.names, expected, strict=True):
             found = classify(exported, root / path, name, top=8)
             ours = dict(zip(found.labels, found.probabilities, strict=True))
             for label, p in zip(names, row.tolist(), strict=True):
-                assert ours[label] == pytest.approx(p, abs=0.02), (name, path)
+                assert ours[label] == pytest.approx(p, abs=near), (name, path)
         loader.close()
     run.close()
 

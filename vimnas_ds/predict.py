@@ -149,7 +149,7 @@ def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
                 str(file), f"not a picture, and cannot be read as a video: {err.reason}"
             ) from err
         x = torch.from_numpy(clip).float()  # (T, 3, H, W)
-    top, left = ((n - size) // 2 for n in x.shape[-2:])
+    top, left = ((n - size + 1) // 2 for n in x.shape[-2:])  # as DALI rounds
     x = x[..., top : top + size, left : left + size] / 255
     mean, std = (torch.tensor(steps[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     x = ((x - mean) / std).transpose(0, 1)[None]  # (1, 3, T, H, W)
