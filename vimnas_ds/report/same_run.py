@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 #: tags whose values measure time; their steps are compared all the same
 TIMED_TAGS = frozenset({"train/samples_per_s", "train/data_time_ms"})
@@ -24,8 +24,6 @@ TIMED_TAGS = frozenset({"train/samples_per_s", "train/data_time_ms"})
 TIMED_FIELDS = re.compile(r"  (?:[\d.]+ samples/s|data \d+ ms|eta \S+(?: \d+h)?|mem [\d.]+ GiB)")
 #: where a run's own folder stands in its JSON files
 OWN_PATHS = {"summary.json": ("tensorboard", "checkpoints"), "config.json": ("vimnas.output_dir",)}
-#: TensorBoard's default keeps a sample of the points
-ALL = {"scalars": 0, "images": 0, "tensors": 0}
 
 STEP_LINE = re.compile(r"^\S+  (step (\d+)/\d+  .*|select at step (\d+): .*)$")
 
@@ -96,20 +94,13 @@ def board_differences(a: Path, b: Path) -> Iterator[str]:
 
 
 def _points(folder: Path) -> dict[str, list[tuple[int, Any]]]:
-    """tag -> (step, value) in the order in which they were written; a picture's value is its PNG, a
-    text's its bytes."""
-    board = EventAccumulator(str(folder), size_guidance=ALL).Reload()
-    tags = board.Tags()
+    """tag -> (step, value) in the order in which they were written, as TensorBoard's server has
+    them: scalars, pictures and texts are tensors, and what a resumed run purges is gone (the other
+    accumulator leaves tensors unpurged)."""
+    board = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
     return {
-        **{tag: [(e.step, repr(e.value)) for e in board.Scalars(tag)] for tag in tags["scalars"]},
-        **{
-            tag: [(e.step, e.encoded_image_string) for e in board.Images(tag)]
-            for tag in tags["images"]
-        },
-        **{
-            tag: [(e.step, e.tensor_proto.SerializeToString()) for e in board.Tensors(tag)]
-            for tag in tags["tensors"]
-        },
+        tag: [(e.step, e.tensor_proto.SerializeToString()) for e in board.Tensors(tag)]
+        for tag in board.Tags()["tensors"]
     }
 
 
