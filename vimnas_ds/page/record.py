@@ -145,7 +145,8 @@ def _read_events(record: Record, folder: Path) -> None:
         record.curves[tag] = thinned([(e.step, e.value) for e in events.Scalars(tag)])
     for tag in tags["tensors"]:
         if tag.startswith("alpha/table/"):
-            found = events.Tensors(tag)
+            latest = {e.step: e for e in events.Tensors(tag)}  # this reader purges no tensors
+            found = [latest[number] for number in sorted(latest)]
             step = -(-len(found) // MOST_POINTS)
             kept = [*found[:-1:step], found[-1]]
             values = np.stack([make_ndarray(e.tensor_proto) for e in kept]).astype(np.float64)
