@@ -142,6 +142,7 @@ class Traffic:
         return max(self.total / link, self.total / network if network else 0.0) if gpus > 1 else 0.0
 
 
-def checkpoint_bytes(params: int) -> int:
-    """A checkpoint's masters and two moments, in float32; the rest is kilobytes."""
-    return 12 * params
+def checkpoint_bytes(params: int, ema: bool) -> int:
+    """A checkpoint's masters and two moments, in float32, and the moving average twice (in parts
+    for its ranks, and whole); the rest is kilobytes."""
+    return (20 if ema else 12) * params

@@ -230,7 +230,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        return checkpoint_bytes(self.params)
+        return checkpoint_bytes(self.params, self.config.vimnas.ema is not None)
 
     @property
     def disk_bytes(self) -> int:
