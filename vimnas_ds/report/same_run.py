@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 #: tags whose values measure time; their steps are compared all the same
 TIMED_TAGS = frozenset({"train/samples_per_s", "train/data_time_ms"})
@@ -25,7 +25,7 @@ TIMED_FIELDS = re.compile(r"  (?:[\d.]+ samples/s|data \d+ ms|eta \S+(?: \d+h)?|
 #: where a run's own folder stands in its JSON files
 OWN_PATHS = {"summary.json": ("tensorboard", "checkpoints"), "config.json": ("vimnas.output_dir",)}
 #: TensorBoard's default keeps a sample of the points
-ALL = {"scalars": 0, "images": 0, "tensors": 0}
+ALL = {"tensors": 0}
 
 STEP_LINE = re.compile(r"^\S+  (step (\d+)/\d+  .*|select at step (\d+): .*)$")
 
@@ -95,21 +95,13 @@ def board_differences(a: Path, b: Path) -> Iterator[str]:
             yield f"tensorboard: {tag} has other values at steps {odd}"
 
 
-def _points(folder: Path) -> dict[str, list[tuple[int, Any]]]:
-    """tag -> (step, value) in the order in which they were written; a picture's value is its PNG, a
-    text's its bytes."""
+def _points(folder: Path) -> dict[str, list[tuple[int, bytes]]]:
+    """tag -> (step, value's bytes), in the order in which they were written: of scalars, pictures
+    and texts alike, all of which TensorBoard keeps as tensors."""
     board = EventAccumulator(str(folder), size_guidance=ALL).Reload()
-    tags = board.Tags()
     return {
-        **{tag: [(e.step, repr(e.value)) for e in board.Scalars(tag)] for tag in tags["scalars"]},
-        **{
-            tag: [(e.step, e.encoded_image_string) for e in board.Images(tag)]
-            for tag in tags["images"]
-        },
-        **{
-            tag: [(e.step, e.tensor_proto.SerializeToString()) for e in board.Tensors(tag)]
-            for tag in tags["tensors"]
-        },
+        tag: [(e.step, e.tensor_proto.SerializeToString()) for e in board.Tensors(tag)]
+        for tag in board.Tags()["tensors"]
     }
 
 
