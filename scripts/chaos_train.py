@@ -151,10 +151,9 @@ def wrap(owner: Any, name: str, life: Life, moment: str, step: Callable[[Any, An
 
     def method(self: Any, *args: Any, **options: Any) -> Any:
         around = life.enter(moment, step(self, args[0] if args else None))
-        try:
-            return inner(self, *args, **options)
-        finally:
-            life.leave(around)
+        value = inner(self, *args, **options)
+        life.leave(around)
+        return value
 
     setattr(owner, name, method)
 

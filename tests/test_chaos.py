@@ -61,6 +61,7 @@ def write_points(root: Path, first: int, steps: range, rate: float = 50) -> None
         board.train_loss(step, "k400", 1 / step, None)
         board.train_step(step, 0.1, rate, 0, 0)
     board.sampled_choices(steps[-1], {"depth": {2: 3, 3: 4}})
+    board.unusable(steps[-1], "k400", ["a.mp4 is cut"])
     board.close()
 
 

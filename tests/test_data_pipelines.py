@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -398,6 +399,28 @@ def test_broken_files_are_replaced_named_and_counted(
     again = train_loader(section(tmp_path, kind), samples, pool, max_bad_share=0.5)
     again.seek(count - 1)
     assert same(again.next(), batches[-1])
+
+
+def test_a_batch_that_is_not_used_does_not_count(
+    images: Data, pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    """Whoever goes on asks for it again: its broken files are not counted twice."""
+    samples = spoil(tmp_path, images, 2, "image")
+    loader = train_loader(section(tmp_path, "image"), samples, pool, max_bad_share=0.9)
+
+    def counts() -> tuple[int, int, Counter[str], dict[str, str]]:
+        return loader.seen, loader.bad_count, loader.reasons.copy(), loader.substitutions.copy()
+
+    states = [counts()]
+    for _ in range(8):
+        loader.next()
+        states.append(counts())
+        loader.take_back()
+        assert counts() == states[-2]
+        loader.seek(loader.position - 1)
+        loader.next()
+        assert counts() == states[-1]
+    assert states[-1][1] > 1
 
 
 def test_too_many_broken_files_end_the_run_with_their_names(

@@ -159,6 +159,10 @@ class Loaders:
         loader.seek(number)
         return loader.next()
 
+    def take_back(self, name: str, split: str) -> None:
+        """The last batch of a stream was not used: the run that goes on will ask for it again."""
+        self._training[name, split].take_back()
+
     def _stop_following(self) -> None:
         if self._ahead is not None:
             self._ahead.close()

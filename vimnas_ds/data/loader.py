@@ -94,6 +94,7 @@ class TrainLoader:
         self.seen = self.bad_count = self.fallbacks = 0
         self.substitutions: dict[str, str] = {}
         self.reasons: Counter[str] = Counter()
+        self._before = (0, 0, 0, self.substitutions, self.reasons)  # the last batch delivered
         self._section, self._stream = section, Stream(seed, name, split)
         self._files = FilePreparer(name, section, samples, device.type == "cuda")
         self._global_batch, self._batch = global_batch, global_batch // world_size
@@ -158,6 +159,8 @@ class TrainLoader:
         Raises:
             TooManyBadFiles: with them, the dataset has too many unusable files.
         """
+        counted = self.seen, self.bad_count, self.fallbacks
+        self._before = *counted, self.substitutions.copy(), self.reasons.copy()
         self.seen += len(made.ready)
         self.fallbacks += bool(made.refused)
         for one in made.ready:
@@ -171,6 +174,10 @@ class TrainLoader:
                 self.name, self.bad_count, self.seen, self.substitutions, self._section.folder
             )
         return hand_over(made.batch)
+
+    def take_back(self) -> None:
+        """The batch delivered last was not used and will be asked for again: it does not count."""
+        self.seen, self.bad_count, self.fallbacks, self.substitutions, self.reasons = self._before
 
     def _submit(self, batch: int, places: Iterable[int], safe: bool) -> list[Future[Ready]]:
         begin = batch * self._global_batch + self._rank * self._batch

@@ -93,7 +93,7 @@ def board_differences(a: Path, b: Path) -> Iterator[str]:
             yield f"tensorboard: {tag} has other values at steps {odd}"
 
 
-def _points(folder: Path) -> dict[str, list[tuple[int, Any]]]:
+def _points(folder: Path) -> dict[str, list[tuple[int, bytes]]]:
     """tag -> (step, value) in the order in which they were written, as TensorBoard's server has
     them: scalars, pictures and texts are tensors, and what a resumed run purges is gone (the other
     accumulator leaves tensors unpurged)."""

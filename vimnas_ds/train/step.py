@@ -18,6 +18,7 @@ from torch import Tensor
 from vimnas_ds.config import RunConfig
 from vimnas_ds.data.ahead import GivenUp
 from vimnas_ds.data.joint import Loaders
+from vimnas_ds.data.loader import Batch
 from vimnas_ds.seeds import derive_seed
 from vimnas_ds.train.engine import Engine
 from vimnas_ds.train.objective import Objective, count_correct
@@ -64,6 +65,7 @@ class WeightStepper:
         started = time.perf_counter()
         size, number = self.config.global_batch, context.batch_index
         self.at("data", context.step + 1)
+        batch: Batch | None = None
         with suppress(GivenUp):
             batch = self.loaders.batch(name, "train", size, number)
         if self.loaders.give_up():
@@ -73,7 +75,10 @@ class WeightStepper:
         what = f"step {context.step}, {name}, {', '.join(map(str, archs))}"
         wishes = check_agreement(context.fingerprint(), what, self.ranks, wish)
         if wishes & Wish.STOP:
+            if batch is not None:
+                self.loaders.take_back(name, "train")
             raise StopAsked
+        assert batch is not None
         self.at("step", context.step + 1)
         # drop path and mixup depend on (seed, cursor, rank) alone, so a resumed run repeats them
         seed = derive_seed("step", self.config.vimnas.seed, context.cursor, self.ranks.rank)
