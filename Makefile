@@ -9,7 +9,7 @@ RANKS ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-fast lint format clean
+.PHONY: setup demo test test-endurance test-fast lint format clean
 
 setup: $(READY)
 
@@ -23,10 +23,13 @@ demo: $(READY)
 	$(BIN)/python scripts/demo.py --ranks $(RANKS)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not endurance"
+
+test-endurance: $(READY)
+	$(BIN)/python -m pytest -m endurance
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not endurance"
 
 lint: $(READY)
 	$(BIN)/ruff check .

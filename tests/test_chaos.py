@@ -21,7 +21,7 @@ from vimnas_ds.report.same_run import differences
 MOMENT = "exp_avg/blocks.0.fc1.weight@0"
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """fp32 and bf16, with a moving average, two kills each: in a save and in a step, one rank and
     everything."""

@@ -209,7 +209,7 @@ def test_the_peak_is_found_layer_by_layer(depth):
     assert slim.weight_peak(arch, lambda layer: (0, 0)) <= first
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_an_unfitted_size_is_predicted_within_ten_percent():
     command = [sys.executable, str(ROOT / "scripts/bench_plan.py")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)

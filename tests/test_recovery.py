@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.launch import launch
 from vimnas_ds.train.state_file import read_state
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.endurance
 
 
 @pytest.fixture(scope="module")

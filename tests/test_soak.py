@@ -105,7 +105,7 @@ def test_a_sample_is_what_a_process_holds(monkeypatch: pytest.MonkeyPatch) -> No
     assert held["/dev/shm (MiB)"] == 3
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_a_short_soak_is_flat(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/soak.py", "--steps", "96", "--every", "0.3"]
     command += ["--out", str(tmp_path)]

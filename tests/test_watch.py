@@ -248,7 +248,7 @@ def of_session(session: int) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.parametrize(
     ("what", "first_line", "code"),
     [
@@ -276,7 +276,7 @@ def test_a_rank_that_fails_is_named_on_the_first_line(ready, what, first_line, c
         assert "Traceback" in ended.errors[1]
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_whatever_is_asked_to_stop_saves_goes_on_and_ends_as_if_nothing_had_been(folder, trained):
     """Each stop at a step of its own, one while the select splits are scored; in the end the same
     weights and the same points in TensorBoard as a run without stops."""
