@@ -26,7 +26,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """fp32 and bf16, with a moving average, two kills each: in a save and in a step, one rank and
     everything."""
     command = [sys.executable, "scripts/chaos.py", "--kills", "2", "--set", "vimnas.ema={}"]
-    command += ["--out", str(tmp_path)]
+    command += ["--epochs", "3", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     report = json.loads((tmp_path / "chaos.json").read_text())
