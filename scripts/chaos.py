@@ -42,7 +42,6 @@ MOMENTS = ("save", "weight step", "evaluation", "alpha step", STARTING, "save", 
 VICTIMS = ("rank", "all", "launcher", "runner")
 PER_CLASS = 10  #: training files
 SECTION: dict[str, Any] = {
-    "schedule": {"epochs": 9, "warmup": 4, "warmup_unit": "steps"},
     "alpha": {"every": 1},
     # not multiples of each other: points between saves, saves between points
     "log": {"every": 7, "images_every": 20, "eval_every": 10, "eval_subnets": 1},
@@ -116,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--kills", type=int, default=20, help="for each dtype")
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--epochs", type=int, default=9, help="length of the run, 108 steps for 9")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="as of scripts/train.py"
@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no run is left behind
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
     out = args.out.resolve()
-    config = write_config(out, PER_CLASS, **SECTION)
+    schedule = {"epochs": args.epochs, "warmup": 4, "warmup_unit": "steps"}
+    config = write_config(out, PER_CLASS, schedule=schedule, **SECTION)
     spoil(config, 16)
     report: dict[str, Any] = {"seed": args.seed, "kills": args.kills}
     for i, dtype in enumerate(args.dtype):

@@ -138,11 +138,15 @@ class Life:
         kill([p for p in processes if victim in ("all", p.role)])
 
     def report(self) -> None:
-        """The medians of what each moment takes: (seconds, events in the file system)."""
+        """The medians of what each moment takes: (seconds, events in the file system). Of the
+        undisturbed run, which comes first."""
+        file = self.folder.parent / f"typical-{self.rank}.json"
+        if file.exists():
+            return
         typical = {
             k: [statistics.median(c) for c in zip(*v, strict=True)] for k, v in self._takes.items()
         }
-        (self.folder.parent / f"typical-{self.rank}.json").write_text(json.dumps(typical))
+        file.write_text(json.dumps(typical))
 
 
 def wrap(owner: Any, name: str, life: Life, moment: str, step: Callable[[Any, Any], int]) -> None:

@@ -26,7 +26,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """fp32 and bf16, with a moving average, two kills each: in a save and in a step, one rank and
     everything."""
     command = [sys.executable, "scripts/chaos.py", "--kills", "2", "--set", "vimnas.ema={}"]
-    command += ["--out", str(tmp_path)]
+    command += ["--epochs", "3", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     report = json.loads((tmp_path / "chaos.json").read_text())
@@ -77,8 +77,8 @@ def write_lines(root: Path, steps: range, rate: float, loss: float = 2.0) -> Non
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """whole/: a run as it was; killed/: one that died after step 5, amid a record, and was resumed
-    at 4."""
+    """whole/: a run as it was; killed/: one that died after step 5, amid a record, was resumed at 4
+    and stopped, with a save, at 5."""
     root = tmp_path_factory.mktemp("runs")
     whole, killed = write_run(root / "whole"), root / "killed"
     shutil.copytree(whole, killed)
@@ -90,6 +90,9 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_points(killed, 5, range(5, 7), rate=8)
     write_lines(killed, range(4, 6), rate=9, loss=7)
     write_lines(killed, range(4, 7), rate=8)
+    shutil.copytree(
+        killed / "checkpoints" / "step00000006", killed / "checkpoints" / "step00000005"
+    )
     return root
 
 
@@ -141,8 +144,13 @@ def change_a_picture(run: Path) -> None:
     board.close()
 
 
-def keep_one_more(run: Path) -> None:
-    (run / "checkpoints" / "step00000002").mkdir()
+def name_another_best(run: Path) -> None:
+    shutil.copytree(run / "checkpoints" / "step00000006", run / "checkpoints" / "step00000003")
+    (run / "checkpoints" / "best").write_text("step00000003")
+
+
+def lose_a_file(run: Path) -> None:
+    (run / "checkpoints" / "step00000006" / "rank00000-of-00002.safetensors").unlink()
 
 
 def leave_something(run: Path) -> None:
@@ -163,7 +171,8 @@ MISTAKES: list[tuple[Callable[[Path], None], str]] = [
     (change_a_value, r"train/loss/k400 has other values at steps \[6\]"),
     (change_a_picture, r"sampled/depth has other values at steps \[6\]"),
     (lambda run: write_lines(run, range(3, 4), 8, loss=2.001), "train.log: .*loss 5.000.*loss 5.0"),
-    (keep_one_more, "checkpoints/step00000002 is only in killed"),
+    (name_another_best, "checkpoints/step00000003 is only in killed"),
+    (lose_a_file, "checkpoints/step00000006/rank0.* is only in whole"),
     (leave_something, "checkpoints/.tmp-step00000006 was left behind in killed"),
     (change_the_result, r"summary.json: datasets.k400.picks.largest is 0.5, but 0.75"),
 ]

@@ -1,9 +1,9 @@
 """Whether two runs did the same, to the bit: what they left in their folders, compared.
 
 Two runs of one configuration, however often one of them was killed and resumed, must leave equal
-checkpoints (every kept one, every file), equal points and pictures in TensorBoard (as it shows
-them, each step once), equal lines in the log (the last word on each step) and equal results. Left
-out is only what measures time or names the run's own folder.
+checkpoints (every file of all that both keep), equal points, pictures and texts in TensorBoard (as
+it shows them, each step once), equal lines in the log (the last word on each step) and equal
+results. Left out is only what measures time or names the run's own folder.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ TIMED_TAGS = frozenset({"train/samples_per_s", "train/data_time_ms"})
 TIMED_FIELDS = re.compile(r"  (?:[\d.]+ samples/s|data \d+ ms|eta \S+(?: \d+h)?|mem [\d.]+ GiB)")
 #: where a run's own folder stands in its JSON files
 OWN_PATHS = {"summary.json": ("tensorboard", "checkpoints"), "config.json": ("vimnas.output_dir",)}
+#: files that name a checkpoint beside them
+NAMES = ("latest", "best")
 
 STEP_LINE = re.compile(r"^\S+  (step (\d+)/\d+  .*|select at step (\d+): .*)$")
 
@@ -39,8 +41,18 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
-    """Of two folders of checkpoints: the same ones are kept, and every file is equal."""
-    names = [sorted(str(p.relative_to(root)) for p in root.rglob("*")) for root in (a, b)]
+    """Of two folders of checkpoints: every file of those that both keep is equal, and both keep the
+    latest and the best. (A run that is asked to stop saves where it is, and therefore keeps others
+    of the older ones.)"""
+    steps = [{p.name for p in root.glob("step*")} for root in (a, b)]
+    named = {
+        (root / n).read_text().strip() for root in (a, b) for n in NAMES if (root / n).exists()
+    }
+    older = (steps[0] ^ steps[1]) - named
+    names = [
+        sorted(str(p.relative_to(root)) for p in root.rglob("*") if not older & {*p.parts})
+        for root in (a, b)
+    ]
     for name in sorted(set(names[0]) ^ set(names[1])):
         yield f"checkpoints/{name} is only in {(a if name in names[0] else b).parent.name}"
     for root, found in zip((a, b), names, strict=True):
