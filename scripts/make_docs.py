@@ -26,6 +26,7 @@ from vimnas_ds.config import (
     load_config,
 )
 
+Row = tuple[str, ...]
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 DEMO = ROOT / "ds_configs" / "demo.json"
@@ -97,7 +98,7 @@ BROKEN = (
 )
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: list[Row]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in lines)
 
@@ -144,9 +145,9 @@ class Schema:
         kind = "path" if field.get("format") == "path" else words.get(field["type"], field["type"])
         return kind + bounds(field)
 
-    def rows(self, path: str, section: dict[str, Any]) -> list[tuple[str, ...]]:
+    def rows(self, path: str, section: dict[str, Any]) -> list[Row]:
         required = section.get("required", [])
-        rows = []
+        rows = list[Row]()
         for key, field in section["properties"].items():
             default = field.get("default")
             shown = f"`{json.dumps(default)}`"
@@ -183,8 +184,8 @@ def anchor(heading: str) -> str:
     return "".join(kept).replace(" ", "-")
 
 
-def refusals() -> list[tuple[str, ...]]:
-    rows = []
+def refusals() -> list[Row]:
+    rows = list[Row]()
     for override in BROKEN:
         try:
             load_config(DEMO, [override])
@@ -209,12 +210,12 @@ def build() -> str:
     parts += ["Each line breaks one rule on `ds_configs/demo.json` and is answered like this:\n"]
     parts.append(table(("`--set`", "refusal"), refusals()) + "\n")
     parts += ["## DeepSpeed's keys\n"]
-    accepted = [(f"`{key}`", text) for key, text in DEEPSPEED.items()]
+    accepted: list[Row] = [(f"`{key}`", text) for key, text in DEEPSPEED.items()]
     accepted += [(f"`zero_optimization.{key}`", text) for key, text in ZERO.items()]
     parts += ["Accepted:\n", table(("key", "meaning"), accepted) + "\n"]
     refused = list(REFUSED_KEYS.items())
     refused += [(f"zero_optimization.{key}", why) for key, why in ZERO_KEYS_REFUSED.items()]
-    rows: list[tuple[str, ...]] = [(f"`{key}`", why) for key, why in refused]
+    rows: list[Row] = [(f"`{key}`", why) for key, why in refused]
     parts += ["Refused:\n", table(("key", "why"), rows) + "\n"]
     parts.append("Every other key is unknown, and an error as well.\n")
     return "\n".join(parts)
