@@ -642,7 +642,7 @@ REFUSED_KEYS = {
     "tensorboard": "this project writes its own (vimnas.output_dir/tensorboard)",
     "csv_monitor": "this project writes its own log and TensorBoard files",
     "wandb": "this project writes its own log and TensorBoard files",
-    "checkpoint": "a checkpoint continues on as many processes as saved it",
+    "checkpoint": "this project writes its own (vimnas.checkpoint)",
     "flops_profiler": "costs are computed in closed form (scripts/train.py --dry_run)",
     "communication_data_type": "not proved with the sampled-only update",
     "prescale_gradients": "not proved with the sampled-only update",

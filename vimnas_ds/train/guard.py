@@ -211,7 +211,7 @@ class Rewinds:
                 f"{event.what} on {event.dataset} at step {step}, after {section.max_rewinds} "
                 f"rewinds near there, the learning rate at {self.lr_factor:g} of the schedule's: "
                 "lower vimnas.schedule.lr or weight decay, or switch on qk_norm, layer_scale or "
-                "gradient_clipping (README: stability)"
+                "gradient_clipping (docs/failures.md)"
             )
         if self.tries > 1:
             self.lr_factor *= section.lr_factor

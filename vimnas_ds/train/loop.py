@@ -214,7 +214,7 @@ class Trainer:
             raise TooManySkippedSteps(
                 f"{self.skipped_in_a_row} steps in a row had non-finite gradients, the last on "
                 f"{context.dataset}: lower the learning rate, or switch on qk_norm, layer_scale or "
-                "gradient_clipping (vimnas.model, README: stability)"
+                "gradient_clipping (vimnas.model, docs/failures.md)"
             )
 
     # -- the run --------------------------------------------------------------------------------
