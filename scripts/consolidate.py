@@ -17,9 +17,11 @@ import shutil
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vimnas_ds.config import ConfigError
+from vimnas_ds.durable import publish_folder
 from vimnas_ds.manifest import read_manifest
 from vimnas_ds.train.checkpoint import STATE_FILE
 from vimnas_ds.train.fragments import whole_states
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         consolidate(find_checkpoint(args.checkpoint), args.out)
-    except (ConfigError, OSError) as err:
+    except (ConfigError, OSError, KeyError, ValueError, SafetensorError) as err:
         print(f"cannot consolidate: {err}", file=sys.stderr)
         return 2
     return 0
@@ -44,16 +46,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def consolidate(checkpoint: Path, out: Path) -> None:
     """Write `checkpoint`'s state to the new folder `out`."""
-    out.mkdir(parents=True)
+    if out.exists():
+        raise FileExistsError(f"{out} is there already: name a folder that is not")
+    hidden = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
     weights = load_file(str(checkpoint / WEIGHTS_FILE))
     states = whole_states(checkpoint, int(read_manifest(checkpoint).about["world_size"]))
     shaped = {
         key: state.view(weights[key.partition("/")[2]].shape) for key, state in states.items()
     }
     for name in (WEIGHTS_FILE, ALPHAS_FILE, POSITION_FILE):
-        shutil.copyfile(checkpoint / name, out / name)
-    save_file(shaped, str(out / "optimizer.safetensors"))
-    save_file(read_state(checkpoint / STATE_FILE)["counts"], str(out / "counts.safetensors"))
+        shutil.copyfile(checkpoint / name, hidden / name)
+    save_file(shaped, str(hidden / "optimizer.safetensors"))
+    save_file(read_state(checkpoint / STATE_FILE)["counts"], str(hidden / "counts.safetensors"))
+    publish_folder(hidden, out)
     for file in sorted(out.iterdir()):
         print(f"{file}: {file.stat().st_size:,} bytes")
 

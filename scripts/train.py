@@ -30,6 +30,7 @@ import torch.distributed as dist
 from vimnas_ds.arch_file import read_arch
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyBadFiles
+from vimnas_ds.durable import DISK_ERRORS
 from vimnas_ds.train.open_data import open_data
 from vimnas_ds.train.ranks import (
     ALONE,
@@ -107,6 +108,8 @@ def main(argv: list[str] | None = None, watched: bool = False) -> int:
             watch.start()
         trainer = prepare(args, watch)
     except (ConfigError, DataMissing, BadAnnotations, CannotStart, RanksDisagree, OSError) as err:
+        if watched and isinstance(err, OSError) and "WORLD_SIZE" in os.environ:
+            watch.fail(err, Exit.CANNOT_START)  # the other ranks may be anywhere
         if rank == "0":  # it knows what the others cannot start with
             print(f"cannot start:\n{err}", file=sys.stderr)
         watch.leave(Exit.CANNOT_START)
@@ -171,7 +174,7 @@ def prepare(args: argparse.Namespace, watch: Watch) -> Trainer:
 
 def run(trainer: Trainer, watch: Watch) -> int:
     """Train; how it ends is said on stderr by the rank that knows, and in the run's files."""
-    from vimnas_ds.train.checkpoint import SaveFailed
+    from vimnas_ds.train.checkpoint import SaveFailed, last_good
     from vimnas_ds.train.guard import NotSound
     from vimnas_ds.train.loop import Preempted, TooManySkippedSteps
 
@@ -190,11 +193,17 @@ def run(trainer: Trainer, watch: Watch) -> int:
     ) as err:
         watch.fail(err, Exit.STOPPED)
     except BaseException as err:
+        if isinstance(err, OSError) and err.errno in DISK_ERRORS:  # of the log, of TensorBoard
+            words = f"{err}; {last_good(trainer.files.checkpoints)}"
+            watch.fail(OSError(words), Exit.STOPPED)
         watch.fail(err)
     watch.leave(code)
-    if trainer.ranks.is_main:
-        trainer.last_words(text, code)
-    trainer.close()
+    try:
+        if trainer.ranks.is_main:
+            trainer.last_words(text, code)
+        trainer.close()
+    except OSError as err:
+        print(f"the run's files do not hold how it ended ({text}): {err}", file=sys.stderr)
     dist.destroy_process_group()
     return code
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from scripts import consolidate
+from tests.conftest import ROOT
 from tests.launch import launch
+from vimnas_ds import durable
 from vimnas_ds.config import ConfigError
 from vimnas_ds.durable import publish_folder
 from vimnas_ds.manifest import MANIFEST, FileEntry, read_manifest, write_manifest
@@ -23,6 +29,7 @@ from vimnas_ds.train.run_files import (
     RunFiles,
     choose_start,
     find_checkpoint,
+    hold_folder,
     newest_first,
 )
 from vimnas_ds.train.state_file import read_state, write_state
@@ -114,10 +121,59 @@ def test_going_back_gives_up_what_came_later(run):
     assert not (run.checkpoints / "best").exists()
 
 
-def test_a_save_that_died_while_replacing_a_checkpoint_is_put_right(run):
+def test_the_only_checkpoint_is_found_by_the_next_run_and_left_alone_by_readers(tmp_path):
+    """Its replacement died between two renames."""
+    run = RunFiles(tmp_path / "run")
+    fake(run.checkpoints, 30).rename(run.checkpoints / ".old-step00000030")
+    run.config.write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        find_checkpoint(run.root)  # a reader: the replacement may be under way
+    assert (run.checkpoints / ".old-step00000030").is_dir()
+    assert choose_start(run, "latest", False) == run.checkpoints / "step00000030"
     (run.checkpoints / "step00000030").rename(run.checkpoints / ".old-step00000030")
-    (run.checkpoints / ".tmp-step00000030").mkdir()
-    assert find_checkpoint(run.root).name == "step00000030"
+    with pytest.raises(ConfigError, match="already holds a run"):
+        choose_start(run, None, False)
+
+
+def test_what_cannot_be_tidied_up_ends_nothing(run, monkeypatch, caplog):
+    """A file that a reader has open on NFS: its folder cannot be deleted yet."""
+    monkeypatch.setattr(durable.shutil, "rmtree", lambda *_, **__: None)
+    finish_save(run.checkpoints, 2, None)
+    assert [p.name for p in newest_first(run.checkpoints)] == ["step00000030", "step00000020"]
+    assert (run.checkpoints / ".gone-step00000010").is_dir()
+    monkeypatch.undo()
+    finish_save(run.checkpoints, 2, None)
+    assert not (run.checkpoints / ".gone-step00000010").exists()
+    monkeypatch.setattr(Path, "rename", full)
+    finish_save(run.checkpoints, 1, None)
+    assert "could not be tidied up: [Errno 28]" in caplog.text
+    assert len(newest_first(run.checkpoints)) == 2
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from vimnas_ds.train.run_files import RunFiles, hold_folder
+hold_folder(RunFiles(Path(sys.argv[1])))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_processes_do_not_write_one_run(run):
+    command = [sys.executable, "-c", HOLDER, str(run.root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        run.status.write_text(json.dumps({"pid": holder.pid, "host": "here"}))
+        with pytest.raises(ConfigError, match=rf"another process \(.*{holder.pid} on here\)"):
+            hold_folder(run, seconds=0)
+        holder.kill()
+    hold_folder(run, seconds=5)
 
 
 def test_what_resume_means(run, tmp_path):

@@ -310,6 +310,22 @@ def test_a_batch_that_does_not_come_is_given_up_when_asked_to() -> None:
     ahead.close()
 
 
+def test_only_the_batch_that_begins_a_step_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An alpha batch belongs to a step that has begun: the run saves after it."""
+    asked: dict[str, bool] = {}
+
+    class Taking:
+        def take(self, wanted: Wanted, give_up: Any) -> str:
+            asked[wanted.split] = give_up()
+            return wanted.split
+
+    loaders = Loaders.__new__(Loaders)
+    loaders._ahead, loaders.give_up = Taking(), lambda: True
+    assert loaders.batch("k400", "train", 8, 0) == "train"
+    assert loaders.batch("k400", "alpha", 8, 0) == "alpha"
+    assert asked == {"train": True, "alpha": False}
+
+
 class Blocking:
     """Stands in for a dead disk: reading one of `names` waits until `release`."""
 

@@ -24,6 +24,7 @@ from tests.small import small_config
 from vimnas_ds.config import load_config, parse_config
 from vimnas_ds.cost import Layout, count_macs, count_params
 from vimnas_ds.gpus import GPUS
+from vimnas_ds.model import attention as backends
 from vimnas_ds.model import block, layers
 from vimnas_ds.model.alphas import Alphas
 from vimnas_ds.model.block import ModelOptions
@@ -114,10 +115,12 @@ def test_flops_are_those_of_deepspeeds_profiler(frames, monkeypatch):
     net, x = build(layout), image_batch() if frames is None else clip_batch()
     name = "imagenet" if frames is None else "k400"
     profiler = FlopsProfiler(net)
+    backends._resolved.cache_clear()  # it is to find the profiler's functions
     profiler.start_profile()
     net(x, arch, name)
     counted = profiler.get_total_macs()
     profiler.end_profile()
+    backends._resolved.cache_clear()
     macs = Input(layout, frames, 32, CLASSES[name]).macs(arch)
     assert macs.total == count_macs(arch, CLASSES[name], layout, frames=frames, size=32)
     assert counted == len(x) * macs.total

@@ -103,6 +103,20 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     ]
 
 
+def test_an_evaluation_that_is_made_up_for_twice_has_its_points_once(tmp_path: Path) -> None:
+    """The process that made up for it was killed before its checkpoint was there."""
+    for _ in range(2):
+        board = Board(tmp_path, 15)
+        board.keep(14)
+        for dataset in ("imagenet", "k400"):
+            board.evaluation(14, dataset, "largest", loss=1.0, top1=0.5, top5=0.9)
+        board.evaluation(20, "k400", "largest", loss=1.0, top1=0.5, top5=0.9)
+        board.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.step for e in events.Scalars("select/imagenet/top1/largest")] == [14]
+    assert [e.step for e in events.Scalars("select/k400/loss/largest")] == [14, 20]
+
+
 def test_hyperparameters_and_first_screen_are_there_once_however_often_resumed(
     tmp_path: Path,
 ) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
 REPLACED = ".old-"  #: prefix of a folder that is being replaced
+GONE = ".gone-"  #: prefix of one that is being deleted
 FRESH = ".new-"  #: prefix of a file that will replace another
+
+
+#: what a disk says that is full, read-only or gone
+DISK_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES}
+)
 
 
 def flush(path: Path) -> None:
@@ -42,8 +50,24 @@ def publish_folder(hidden: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def discard(folder: Path) -> None:
+    """Take the folder's name away at once and delete it; what a file system will not delete yet
+    (files that somebody has open on NFS) stays under a hidden name for `sweep`."""
+    gone = folder.with_name(GONE + folder.name)
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Delete what `discard` had to leave."""
+    for gone in root.glob(GONE + "*"):
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def restore_replaced(root: Path) -> None:
-    """Put back what a process died over while it was replacing it (see `publish_folder`)."""
+    """Put back what a process died over while it was replacing it (see `publish_folder`). For the
+    folder's writer alone: to anybody else a replacement may be under way."""
     for replaced in root.glob(REPLACED + "*"):
         final = root / replaced.name.removeprefix(REPLACED)
         if final.exists():

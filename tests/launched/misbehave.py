@@ -28,6 +28,11 @@ def misbehave() -> None:
         return
     if action == "raise":
         raise OSError("boom")
+    if action == "full":  # the kernel's own full disk, under the log
+        log = Path(os.environ["MISBEHAVED"]).with_suffix("") / "train.log"
+        log.unlink()
+        log.symlink_to("/dev/full")
+        return
     if action == "exit":
         os._exit(7)
     if action == "sleep":

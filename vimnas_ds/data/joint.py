@@ -152,9 +152,11 @@ class Loaders:
 
     def batch(self, name: str, split: str, global_batch: int, number: int) -> Batch:
         """Batch `number` of a dataset's `train` or `alpha` split: made ahead if a plan is followed,
-        else now. Errors as `TrainLoader.next` and `Ahead.take`."""
+        else now. Errors as `TrainLoader.next` and `Ahead.take`; only a `train` batch, with which a
+        step begins, is given up: a step that has begun is finished."""
         if self._ahead is not None:
-            return self._ahead.take(Wanted(name, split, number), self.give_up)
+            give_up = self.give_up if split == "train" else lambda: False
+            return self._ahead.take(Wanted(name, split, number), give_up)
         loader = self.training(name, split, global_batch)
         loader.seek(number)
         return loader.next()

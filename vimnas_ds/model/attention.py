@@ -92,7 +92,7 @@ def _automatic() -> tuple[_Backend, str]:
 
 
 def _sdpa() -> _Backend:
-    return _Backend("sdpa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
+    return _Backend("sdpa", F.scaled_dot_product_attention)
 
 
 def _flash_attn() -> _Backend:

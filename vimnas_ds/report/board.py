@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -47,6 +48,7 @@ class Board:
         self._log_dir = log_dir
         self._writer: SummaryWriter | None = None
         self._is_begun = any(log_dir.glob("events.out.tfevents.*"))
+        self._there: set[tuple[str, int]] = set()  # points that are not to be written again
         if enabled:
             self._open(step)
 
@@ -59,6 +61,15 @@ class Board:
         if self._writer is not None:
             self.close()
             self._open(step)
+
+    def keep(self, step: int) -> None:
+        """An evaluation at `step`, the last one before the first that this process may write, is
+        about to be made up for: an earlier process may have written its points and died."""
+        if self._writer is None:
+            return
+        events = EventAccumulator(str(self._log_dir), size_guidance={"scalars": 0}).Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("select/")]
+        self._there = {(t, e.step) for t in tags for e in events.Scalars(t) if e.step == step}
 
     def begin(
         self, settings: Mapping[str, Setting], datasets: Sequence[str], subnets: Sequence[str]
@@ -210,7 +221,7 @@ class Board:
             self._writer = None
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
-        if self._writer is not None:
+        if self._writer is not None and (tag, step) not in self._there:
             self._writer.add_scalar(tag, value, step)
 
     def _summary(self, summary: Summary, step: int) -> None:

@@ -11,6 +11,7 @@ AdamW's two moments, 20 with an EMA).
 from __future__ import annotations
 
 import json
+import logging
 import random
 import shutil
 from collections.abc import Collection, Mapping
@@ -23,7 +24,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vimnas_ds.durable import FRESH, flush, publish_folder, write_text
+from vimnas_ds.durable import (
+    FRESH,
+    discard,
+    flush,
+    publish_folder,
+    restore_replaced,
+    sweep,
+    write_text,
+)
 from vimnas_ds.manifest import Damaged, FileEntry, read_manifest, write_manifest
 from vimnas_ds.seeds import derive_seed
 from vimnas_ds.train.engine import Engine
@@ -47,6 +56,8 @@ from vimnas_ds.train.run_files import (
     newest_first,
 )
 from vimnas_ds.train.state_file import read_state, write_state
+
+log = logging.getLogger(__name__)
 
 STATE_FILE = "state.safetensors"  #: everything that is neither weights nor elementwise
 
@@ -93,25 +104,35 @@ def save_checkpoint(
             write_manifest(hidden, files, {"step": step, "world_size": ranks.world_size})
             publish_folder(hidden, root / tag)
             write_text(root / LATEST, tag)
-            finish_save(root, keep, step if is_best else None, spared)
 
         run_together(lambda: publish() if ranks.is_main else None, ranks, True)
     except (OSError, SafetensorError, CannotStart) as err:
         if ranks.is_main:
             shutil.rmtree(hidden, ignore_errors=True)
-        left = next((p.name for p in newest_first(root)), "none yet")
+            restore_replaced(root)
         raise SaveFailed(
-            f"step {step} could not be saved under {root}: {err}; the last good checkpoint: {left}"
+            f"step {step} could not be saved under {root}: {err}; {last_good(root)}"
         ) from err
+    if ranks.is_main:
+        finish_save(root, keep, step if is_best else None, spared)
     return root / tag
+
+
+def last_good(root: Path) -> str:
+    """In words, what a run that ends now can be resumed from."""
+    return f"the last good checkpoint: {next((p.name for p in newest_first(root)), 'none yet')}"
 
 
 def finish_save(root: Path, keep: int, best: int | None, spared: Collection[int] = ()) -> None:
     """Name the best step, if there is one, and delete what need not be kept. A resumed run does
-    it again, for the save that it goes on from may have died over it."""
-    if best is not None and (root / checkpoint_name(best)).is_dir():
-        write_text(root / BEST, checkpoint_name(best))
-    prune(root, keep, spared)
+    it again, for the save that it goes on from may have died over it. The checkpoint is there: what
+    cannot be done now is said in the log, and tried again after the next one."""
+    try:
+        if best is not None and (root / checkpoint_name(best)).is_dir():
+            write_text(root / BEST, checkpoint_name(best))
+        prune(root, keep, spared)
+    except OSError as err:
+        log.warning("%s could not be tidied up: %s", root, err)
 
 
 def prune(root: Path, keep: int, spared: Collection[int] = ()) -> None:
@@ -122,9 +143,10 @@ def prune(root: Path, keep: int, spared: Collection[int] = ()) -> None:
         stay.add((root / BEST).read_text().strip())
     for old in newest_first(root)[keep:]:
         if old.name not in stay:
-            shutil.rmtree(old)
+            discard(old)
     for remains in root.glob(".tmp-*"):
-        shutil.rmtree(remains)
+        discard(remains)
+    sweep(root)
     for unnamed in root.glob(f"{FRESH}*"):
         unnamed.unlink()
 
@@ -136,7 +158,7 @@ def go_back(root: Path, tag: str) -> list[str]:
     if (root / BEST).is_file() and (root / BEST).read_text().strip() in later:
         (root / BEST).unlink()
     for name in later:
-        shutil.rmtree(root / name)
+        discard(root / name)
     return later
 
 
@@ -167,6 +189,7 @@ def _prepare(hidden: Path, engine: Engine) -> None:
     hidden.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir()
+    flush(hidden.parent.parent)  # which may have got its folder of checkpoints just now
     flats = engine.optimizer.fragments
     states = 1 + max(len(elementwise(engine.optimizer, flat)) for flat in flats)
     states += engine.optimizer.ema_decay is not None  # it is also written as a whole

@@ -210,8 +210,8 @@ class Rewinds:
             raise NotSound(
                 f"{event.what} on {event.dataset} at step {step}, after {section.max_rewinds} "
                 f"rewinds near there, the learning rate at {self.lr_factor:g} of the schedule's: "
-                "lower vimnas.schedule.lr or weight decay, or switch on qk_norm, layer_scale or "
-                "gradient_clipping (docs/failures.md)"
+                "lower vimnas.schedule.lr or the weight decay, or switch on gradient_clipping, and "
+                "--resume; qk_norm and layer_scale need a new run (docs/failures.md)"
             )
         if self.tries > 1:
             self.lr_factor *= section.lr_factor
@@ -220,6 +220,11 @@ class Rewinds:
         self.marks = [mark for mark in self.marks if mark <= to]
         self.history.append({**asdict(event), "step": step, "to": to, "lr_factor": self.lr_factor})
         return to
+
+    def settle(self, to: int) -> None:
+        """It is to be an earlier mark than `answer` said: those between could not be used."""
+        self.marks = [mark for mark in self.marks if mark <= to]
+        self.history[-1]["to"] = to
 
     def describe(self) -> list[str]:
         """A line for each event."""

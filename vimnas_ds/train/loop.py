@@ -7,6 +7,7 @@ evaluation on the `select` splits, checkpoints, and at the end the `test` splits
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import time
@@ -39,9 +40,16 @@ from vimnas_ds.train.evaluate import Evaluator, Score
 from vimnas_ds.train.faults import FaultReport
 from vimnas_ds.train.meters import ChoiceCounts, Interval, Meters
 from vimnas_ds.train.plan import coming_batches
-from vimnas_ds.train.ranks import Ranks, StopAsked, Wish, check_agreement, run_together
-from vimnas_ds.train.recovery import Recovery, Taken, rewind
-from vimnas_ds.train.run_files import RunFiles, check_same_network, claim_folder
+from vimnas_ds.train.ranks import (
+    Ranks,
+    StopAsked,
+    Wish,
+    check_agreement,
+    rank_zero_decides,
+    run_together,
+)
+from vimnas_ds.train.recovery import Recovery, Taken, rewind, show
+from vimnas_ds.train.run_files import RunFiles, check_same_network, checkpoint_name, claim_folder
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
 from vimnas_ds.train.status import Exit, Status
 from vimnas_ds.train.step import WeightStepper
@@ -107,12 +115,8 @@ class Trainer:
         position, later = DataCursor(), list[str]()
         if checkpoint is not None:
             position = run_together(lambda: self.restore(checkpoint), ranks)
-            continues = checkpoint.parent.resolve() == self.files.checkpoints.resolve()
-            if ranks.is_main and continues:
-                later = go_back(checkpoint.parent, checkpoint.name)
-                self.finish_save()
-            if self.recovery is not None and not continues:
-                self.recovery.rewinds.marks.clear()  # they are elsewhere
+            later = run_together(lambda: self._give_up_later(checkpoint), ranks)
+            self.forget_missing()
         labels = {name: catalog.class_names for name, catalog in data.catalogs.items()}
         claim_folder(self.files, config, labels, ranks, checkpoint is None)  # the run has begun
         is_image = {name: d.is_image for name, d in section.data.datasets.items()}
@@ -130,11 +134,7 @@ class Trainer:
             section.data.cache_mb,
         )
         self.evaluator.give_up = self._ends_evaluation
-        self.board = Board(self.files.tensorboard, position.step + 1, ranks.is_main)
-        picks = [k for k in self.subnets() if "fixed" not in k]
-        self.board.begin(main_settings(config, ranks), list(section.data.datasets), picks)
-        total = self.schedule.total_steps
-        self.console = Console(total, position.step, self.files.log, ranks.is_main)
+        self.board, self.console = run_together(self._open_files, ranks)
         self.faults = FaultReport(
             self.loaders, self.evaluator, self.console, self.board, self._faults_before
         )
@@ -145,6 +145,43 @@ class Trainer:
         if checkpoint is not None:
             given_up = f"; given up: {', '.join(later)}" if later else ""
             self.console.say(f"resumed from {checkpoint} at step {position.step}{given_up}")
+
+    def _give_up_later(self, checkpoint: Path) -> list[str]:
+        """The run goes on from `checkpoint`: names of its later ones, deleted by the main rank."""
+        is_ours = checkpoint.parent.resolve() == self.files.checkpoints.resolve()
+        if not is_ours or not self.ranks.is_main:
+            return []
+        later = go_back(checkpoint.parent, checkpoint.name)
+        self.finish_save()
+        return later
+
+    def forget_missing(self) -> None:
+        """After going back, what is remembered of checkpoints that are not there (collective)."""
+        root = self.files.checkpoints
+        steps = {self.best.step, *self._spared}
+
+        def present() -> str:
+            return json.dumps([s for s in steps if (root / checkpoint_name(s)).is_dir()])
+
+        there = set(json.loads(rank_zero_decides(present, self.ranks, within_timeout=True)))
+        if self.section.checkpoint.keep_best and self.best.step not in there:
+            self.best = Best()
+        if self.recovery is not None:
+            rewinds = self.recovery.rewinds
+            rewinds.marks = [mark for mark in rewinds.marks if mark in there]
+
+    def _open_files(self) -> tuple[Board, Console]:
+        step, is_main = self.drawer.position.step, self.ranks.is_main
+        board = Board(self.files.tensorboard, step + 1, is_main)
+        picks = [k for k in self.subnets() if "fixed" not in k]
+        datasets = list(self.section.data.datasets)
+        board.begin(main_settings(self.config, self.ranks), datasets, picks)
+        if self._owes_evaluation:
+            board.keep(step)
+        rewinds = None if self.recovery is None else self.recovery.rewinds
+        if rewinds is not None and rewinds.history and rewinds.history[-1]["to"] == step:
+            show(rewinds, board, step + 1)  # what was written there is purged
+        return board, Console(self.schedule.total_steps, step, self.files.log, is_main)
 
     # -- one step -----------------------------------------------------------------------------
 
@@ -245,6 +282,7 @@ class Trainer:
             f"{'bf16' if self.engine.dtype == torch.bfloat16 else 'fp32'} on "
             f"{self.ranks.device.type}"
         )
+        self.watch.at("data", self.drawer.position.step + 1)
         self.console.say(str(self.read_ahead()))
         if self._owes_evaluation:
             self.evaluate(self.drawer.position.step)
@@ -490,7 +528,7 @@ class Trainer:
             "tokens": section.tokens.model_dump(mode="json"),
             "qk_norm": section.model.qk_norm,
             "layer_scale": section.model.layer_scale,
-            "schedule": section.schedule.model_dump(mode="json"),
+            "schedule": section.schedule.model_dump(mode="json", exclude={"lr", "min_lr"}),
             "ema": section.ema is not None,
         }
 

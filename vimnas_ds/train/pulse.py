@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import queue
 import secrets
 import socket
 import struct
@@ -92,6 +93,8 @@ def find_stuck(beats: Sequence[Beat], limit: float) -> Verdict | None:
     held = min(b.held for b in behind)
     where = "; ".join(f"rank {b.rank} is in {b.where}" for b in behind)
     ranks = tuple(b.rank for b in behind)
+    if len(behind) == len(staying) > 1:
+        where = f"which of them holds the others up is not known: {where}"
     who = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {[*ranks]} have"
     return Verdict(
         f"{who} been in {behind[0].place} for {held:.0f} s, longer than "
@@ -127,10 +130,10 @@ class Line:
             return False
 
     def receive(self) -> dict[str, Any] | None:
-        """The next message; None: the peer is gone."""
+        """The next message; None: the peer is gone, or talks nonsense."""
         try:
             message: dict[str, Any] = json.loads(self.connection.recv_bytes(LONGEST))
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError):
             return None
         return message
 
@@ -142,17 +145,29 @@ class _Member:
     heard: float
 
 
+def listen(address: str, backlog: int) -> socket.socket:
+    """A server's socket: on this machine alone where the ranks meet on its own address, else on all
+    of its addresses."""
+    if address in ("localhost", "127.0.0.1"):
+        return socket.create_server(("127.0.0.1", 0), backlog=backlog)
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=backlog)
+
+
 @dataclass
 class Hub:
     """Rank 0's thread that listens to all ranks, itself included.
 
     Args:
         world_size: ranks that will join.
+        address: where the ranks meet.
         key: what a joining rank must know.
         stuck, silent: seconds; see `vimnas.faults`.
     """
 
     world_size: int
+    address: str = "127.0.0.1"
     stuck: float = math.inf
     silent: float = 60.0
     key: str = field(default_factory=lambda: secrets.token_hex(16))
@@ -160,15 +175,10 @@ class Hub:
     stop: str | None = None
 
     def __post_init__(self) -> None:
-        dual = socket.has_dualstack_ipv6()
-        self._server = socket.create_server(
-            ("", 0),
-            family=socket.AF_INET6 if dual else socket.AF_INET,
-            dualstack_ipv6=dual,
-            backlog=self.world_size,
-        )
+        self._server = listen(self.address, self.world_size)
         self.port: int = self._server.getsockname()[1]
         self._members: dict[int, _Member] = {}
+        self._admitted: queue.SimpleQueue[_Member] = queue.SimpleQueue()
         self._told = threading.Event()
         threading.Thread(target=self._run, name="hub", daemon=True).start()
 
@@ -185,10 +195,13 @@ class Hub:
     def _run(self) -> None:
         told = 0.0
         while True:
+            while not self._admitted.empty():
+                member = self._admitted.get()
+                self._members[member.beat.rank] = member
             lines = {m.line.connection: m for m in self._members.values()}
             for ready in wait([self._server, *lines], BEAT / 2):
                 if ready is self._server:
-                    self._admit()
+                    self._accept()
                 else:
                     self._listen(lines[ready])  # type: ignore[index]
             self._judge()
@@ -197,13 +210,20 @@ class Hub:
                 told = time.monotonic()
                 self._tell()
 
-    def _admit(self) -> None:
-        line = Line(self._server.accept()[0])
-        if line.knows(self.key) and (message := line.receive()):
-            beat = Beat(**message)
-            self._members[beat.rank] = _Member(line, beat, time.monotonic())
-        else:
+    def _accept(self) -> None:
+        try:
+            sock = self._server.accept()[0]
+        except OSError:  # it has hung up already
+            return
+        # apart: who says nothing, or little at a time, keeps nobody else waiting
+        threading.Thread(target=self._admit, args=(Line(sock),), daemon=True).start()
+
+    def _admit(self, line: Line) -> None:
+        message = line.receive() if line.knows(self.key) else None
+        if message is None:
             line.connection.close()
+            return
+        self._admitted.put(_Member(line, Beat(**message), time.monotonic()))
 
     def _listen(self, member: _Member) -> None:
         message = member.line.receive()

@@ -128,10 +128,13 @@ def run_together(part: Callable[[], T], ranks: Ranks, within_timeout: bool = Fal
     return value
 
 
-def rank_zero_decides(part: Callable[[], str], ranks: Ranks) -> str:
-    """What part() says on rank 0, on all ranks. Raises as `run_together`."""
-    said = run_together(lambda: part() if ranks.is_main else "", ranks)
-    return said if ranks.world_size == 1 else _exchange(said, ranks)[0]
+def rank_zero_decides(part: Callable[[], str], ranks: Ranks, within_timeout: bool = False) -> str:
+    """What part() says on rank 0, on all ranks. As `run_together`."""
+    said = run_together(lambda: part() if ranks.is_main else "", ranks, within_timeout)
+    if ranks.world_size == 1:
+        return said
+    found: list[str] = gather_objects(said) if within_timeout else _exchange(said, ranks)
+    return found[0]
 
 
 _exchanges = itertools.count()

@@ -15,10 +15,17 @@ import torch
 
 from vimnas_ds.config import ConfigError, VimnasSection
 from vimnas_ds.data.joint import JointData
+from vimnas_ds.report.board import Board
 from vimnas_ds.train.checkpoint import go_back
 from vimnas_ds.train.guard import Event, Guard, NotSound, Rewinds, Seen, chance_of
-from vimnas_ds.train.ranks import CannotStart, Ranks, run_together, sum_over_ranks
-from vimnas_ds.train.run_files import checkpoint_name, find_checkpoint
+from vimnas_ds.train.ranks import (
+    CannotStart,
+    Ranks,
+    rank_zero_decides,
+    run_together,
+    sum_over_ranks,
+)
+from vimnas_ds.train.run_files import CheckpointError, checkpoint_name, find_checkpoint
 from vimnas_ds.train.schedule import DataCursor
 from vimnas_ds.train.step import StepResult
 
@@ -108,32 +115,49 @@ class Recovery:
         ]
 
 
+def show(rewinds: Rewinds, board: Board, step: int, *more: str) -> None:
+    """All events so far, in TensorBoard at `step`."""
+    lines = [*rewinds.describe(), *more]
+    board.guard(step, lines, len(rewinds.history), rewinds.lr_factor)
+
+
 def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
     """Put the run back to a good checkpoint, past the data that it has met since (collective).
 
-    Raises NotSound when that was done too often near here, or the checkpoint is damaged.
+    Raises NotSound when that was done too often near here, or no checkpoint is whole.
     """
     position, rewinds, ranks = trainer.drawer.position, recovery.rewinds, trainer.ranks
     trainer.watch.at("rewind", position.step)
     try:
         to = rewinds.answer(event, position.step)
     except NotSound as err:
-        lines = [*rewinds.describe(), str(err)]
-        trainer.board.guard(position.step, lines, len(rewinds.history), rewinds.lr_factor)
+        show(rewinds, trainer.board, position.step, str(err))
         raise
-    path = trainer.files.checkpoints / checkpoint_name(to)
-    decided, skipped = rewinds.state_dict(), trainer.skipped
+    root = trainer.files.checkpoints
 
-    def give_up_later() -> None:
-        find_checkpoint(path)
-        go_back(path.parent, path.name)
+    def choose() -> str:
+        """The newest mark up to `to` whose checkpoint is whole; the later ones are given up."""
+        problems = []
+        for mark in reversed(rewinds.marks):
+            try:
+                find_checkpoint(root / checkpoint_name(mark))
+            except CheckpointError as err:
+                problems.append(str(err))
+            else:
+                go_back(root, checkpoint_name(mark))
+                return str(mark)
+        raise CheckpointError("; ".join(problems))
 
     try:
-        run_together(lambda: give_up_later() if ranks.is_main else None, ranks)
-        run_together(lambda: trainer.restore(path), ranks)
-    except (ConfigError, CannotStart) as err:
+        to = int(rank_zero_decides(choose, ranks, within_timeout=True))
+        rewinds.settle(to)
+        decided, skipped = rewinds.state_dict(), trainer.skipped
+        path = root / checkpoint_name(to)
+        run_together(lambda: trainer.restore(path), ranks, within_timeout=True)
+    except (ConfigError, CannotStart, OSError) as err:
         raise NotSound(f"{rewinds.describe()[-1]}: it cannot be: {err}") from err
     rewinds.load_state_dict(decided)
+    trainer.forget_missing()
     recovery.guard.restart(to)
     trainer.skipped, trainer.skipped_in_a_row = skipped, 0
     if ranks.is_main:
@@ -141,8 +165,7 @@ def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
     trainer.drawer.position = DataCursor(
         to, position.cursor, position.consumed, position.alpha_consumed
     )
-    lines = rewinds.describe()
-    trainer.console.say(f"guard: {lines[-1]}")
+    trainer.console.say(f"guard: {rewinds.describe()[-1]}")
     trainer.board.reopen(to + 1)
-    trainer.board.guard(to + 1, lines, len(lines), rewinds.lr_factor)
+    show(rewinds, trainer.board, to + 1)
     trainer.read_ahead()

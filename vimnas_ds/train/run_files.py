@@ -13,8 +13,10 @@ OUTPUT_DIR/search_cache/   evaluations of the searches, by checkpoint
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -22,13 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from vimnas_ds.config import ConfigError, RunConfig, load_config
-from vimnas_ds.durable import restore_replaced, write_text
+from vimnas_ds.durable import REPLACED, restore_replaced, write_text
 from vimnas_ds.manifest import Damaged, verify
 from vimnas_ds.train.circumstances import environment
-from vimnas_ds.train.ranks import Ranks, gather_objects
+from vimnas_ds.train.ranks import Ranks, gather_objects, run_together
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,6 @@ def find_checkpoint(path: Path, parts: Sequence[str] | None = None) -> Path:
         return path
     problems = []
     for root in (path, path / "checkpoints"):
-        restore_replaced(root)
         for found in newest_first(root):
             try:
                 verify(found, parts)
@@ -178,10 +177,19 @@ def check_same_network(checkpoint: Path, config: RunConfig) -> None:
 def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path | None:
     """The checkpoint to start from, None for a fresh run.
 
-    `resume` is None, "latest" or a path. Raises ConfigError rather than mixing two runs.
+    `resume` is None, "latest" or a path. For the run's own process alone: it holds the folder from
+    here on, and puts right what an earlier one died over. Raises ConfigError rather than mixing two
+    runs.
     """
     if resume is not None and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
+    replaced = any(files.checkpoints.glob(REPLACED + "*"))
+    if resume is None and not overwrite and (replaced or newest_first(files.checkpoints)):
+        raise ConfigError(
+            f"{files.root} already holds a run: --resume continues it, --overwrite starts anew, "
+            "--set vimnas.output_dir=... goes elsewhere"
+        )
+    found = None
     if resume is not None and resume != "latest":
         found = find_checkpoint(Path(resume))
         if found.parent.resolve() != files.checkpoints.resolve() and newest_first(
@@ -191,18 +199,52 @@ def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path |
                 f"{files.root} holds a run of its own and cannot continue {found}: "
                 "--set vimnas.output_dir=... goes elsewhere"
             )
-        return found
-    if resume is not None:
+    hold_folder(files)
+    restore_replaced(files.checkpoints)
+    if resume == "latest":
         if files.config.is_file() and not newest_first(files.checkpoints):
             log.warning("%s was begun and has saved nothing yet: it starts anew", files.root)
             return None
         return find_checkpoint(files.root)
-    if newest_first(files.checkpoints) and not overwrite:
-        raise ConfigError(
-            f"{files.root} already holds a run: --resume continues it, --overwrite starts anew, "
-            "--set vimnas.output_dir=... goes elsewhere"
-        )
-    return None
+    return found
+
+
+_held: dict[Path, int] = {}  # folders whose lock this process has, with their file descriptors
+
+
+def hold_folder(files: RunFiles, seconds: float = 40.0) -> None:
+    """See that no other process writes a run into this folder until this one ends; an earlier one
+    that is about to end (see `vimnas.faults.grace_seconds`) gets `seconds` for it.
+
+    Raises ConfigError naming the other. Nothing is done where there is no folder yet.
+    """
+    root = files.root.resolve()
+    if root in _held or not root.is_dir():
+        return
+    handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise ConfigError(
+                    f"{files.root} is being written by another process ({_writer_of(files)}): wait "
+                    "for its end, or --set vimnas.output_dir=... goes elsewhere"
+                ) from None
+            time.sleep(0.5)
+        else:
+            _held[root] = handle
+            return
+
+
+def _writer_of(files: RunFiles) -> str:
+    try:
+        status = json.loads(files.status.read_text())
+        return f"last known: process {status['pid']} on {status['host']}"
+    except (OSError, ValueError, KeyError):
+        return "it has not said which"
 
 
 def config_object(config: RunConfig) -> dict[str, Any]:
@@ -226,14 +268,19 @@ def claim_folder(
     that all nodes share.
     """
     token = json.dumps(config_object(config), indent=2) + "\n"
-    if ranks.is_main:
+
+    def claim() -> None:
+        files.root.mkdir(parents=True, exist_ok=True)
+        hold_folder(files)
         if anew:
             files.remove()
-        files.root.mkdir(parents=True, exist_ok=True)
+        for remains in files.root.glob(f"{files.status.name}.*"):
+            remains.unlink()  # of a rank that was killed while it wrote its status
         write_text(files.labels, json.dumps(labels, indent=2) + "\n")
         write_text(files.environment, json.dumps(environment(ranks), indent=2) + "\n")
         write_text(files.config, token)
-    dist.barrier()
+
+    run_together(lambda: claim() if ranks.is_main else None, ranks)
     deadline = time.monotonic() + 20  # network file systems show new files late
     while not (seen := files.config.is_file() and files.config.read_text() == token):
         if time.monotonic() > deadline:

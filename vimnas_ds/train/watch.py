@@ -111,10 +111,10 @@ class Watch:
         """From now on all ranks watch one another. Raises CannotStart."""
         store = dist.distributed_c10d._get_default_store()
         if ranks.is_main:
-            self._hub = Hub(ranks.world_size)
+            self._hub = Hub(ranks.world_size, os.environ["MASTER_ADDR"])
             store.set("hub", f"{self._hub.port} {self._hub.key}")
         port, key = store.get("hub").decode().split()
-        host = os.environ["MASTER_ADDR"]
+        host = os.environ["MASTER_ADDR"].replace("localhost", "127.0.0.1")
         try:
             self._line = connect(host, int(port), key, self._beat)
         except OSError as error:
@@ -200,7 +200,8 @@ class Watch:
             ready = wait([signals, *([line.connection] if line else [])], BEAT / 2)
             if signals in ready:
                 for number in os.read(signals, 64):
-                    self._signalled(signal.Signals(number))
+                    if number in (signal.SIGTERM, signal.SIGINT):
+                        self._signalled(signal.Signals(number))
             if line and line.connection in ready:
                 self._hear(line.receive())
             if time.monotonic() - sent >= BEAT:
