@@ -111,6 +111,14 @@ def test_a_run_that_dies_between_a_rewind_and_the_next_save_comes_to_the_same(fa
     assert a["position"] == b["position"]
 
 
+def test_a_rewind_goes_past_a_damaged_checkpoint(faults):
+    found = faults["damaged"]
+    assert [(e["step"], e["to"]) for e in found["history"]] == [(30, 0)]
+    assert found["steps"] == [*range(30), *range(40)]
+    assert found["finite"]
+    assert set(found["marks"]) <= {int(name[4:]) for name in found["checkpoints"]}
+
+
 def test_bad_checkpoints_are_given_up_and_good_ones_kept(faults):
     kept = faults["whole"]["checkpoints"]
     assert {"step00000105", "step00000120"} <= set(kept)

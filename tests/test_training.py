@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -16,6 +17,7 @@ from tests.runs import RESUME_AT, train
 from vimnas_ds.config import load_config
 from vimnas_ds.data.joint import open_datasets
 from vimnas_ds.train.fragments import rank_file
+from vimnas_ds.train.state_file import read_state
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +83,27 @@ def test_draws_are_the_same_on_one_rank_and_two(folder, pair):
     assert len(two) > 12
     assert draws(folder / "one") == two
     assert {phase for _, phase, *_ in two} == {"image", "joint"}
+
+
+def test_a_run_goes_on_on_another_number_of_ranks_and_at_another_rate(folder, pair):
+    """From the middle: the same draws and update counts to the end, other sums."""
+    whole, _ = pair
+    tag = f"step{RESUME_AT:08d}"
+    other = folder / "other"
+    for part in ("tensorboard", f"checkpoints/{tag}"):
+        shutil.copytree(whole / part, other / part)
+    shutil.copy(whole / "config.json", other)
+    (other / "checkpoints" / "latest").write_text(tag)
+    args = ["--set", "bf16.enabled=false", "--set", "vimnas.schedule.lr=1e-4", "--resume"]
+    train(folder, other.name, *args, ranks=1)
+    ends = [last_checkpoint(run) for run in (whole, other)]
+    positions = [json.loads((end / "position.json").read_text()) for end in ends]
+    assert positions[0] == positions[1]
+    counts = [read_state(end / "state.safetensors")["counts"] for end in ends]
+    assert all(torch.equal(counts[0][name], counts[1][name]) for name in counts[0])
+    assert sum(int(count.sum()) for count in counts[1].values()) > 1000
+    assert (ends[1] / rank_file(0, 1)).is_file()
+    assert "lr 1e-4" in (other / "train.log").read_text().replace("lr 1.0e-4", "lr 1e-4")
 
 
 def test_the_result_is_a_table_and_the_same_numbers_in_json(pair):

@@ -106,6 +106,33 @@ def faults(name: str, killed: bool = False) -> None:
     dist.barrier()
 
 
+def damaged(name: str) -> None:
+    """NaN at the 25th batch; the checkpoint that is to be rewound to has a wrong byte by then."""
+    trainer = build(name, "vimnas.schedule.epochs=10")
+
+    def before(context: StepContext) -> None:
+        if context.cursor == 25:
+            if ranks.is_main:
+                file = trainer.files.checkpoints / "step00000015" / "supernet.safetensors"
+                content = file.read_bytes()
+                file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            spoil(trainer, math.nan)
+
+    seen = list[Done]()
+    watch(trainer, seen, before)
+    trainer.run()
+    report(
+        name,
+        history=trainer.recovery.rewinds.history,
+        marks=trainer.recovery.rewinds.marks,
+        checkpoints=sorted(p.name for p in trainer.files.checkpoints.glob("step*")),
+        steps=[step for step, *_ in seen],
+        finite=all(bool(torch.isfinite(p).all()) for p in trainer.engine.net.parameters()),
+    )
+    trainer.close()
+    dist.barrier()
+
+
 def collapse(name: str, guarded: bool) -> None:
     """A warm-up to a learning rate at which the supernet learns first and then collapses."""
     values = ["vimnas.schedule.epochs=80", "vimnas.schedule.lr=0.4", "vimnas.schedule.warmup=320"]
@@ -144,6 +171,7 @@ if __name__ == "__main__":
     if "faults" in cases:
         faults("whole")
         faults("killed", killed=True)
+        damaged("damaged")
     if "collapse" in cases:
         collapse("unguarded", guarded=False)
         collapse("guarded", guarded=True)
