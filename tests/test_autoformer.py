@@ -154,7 +154,7 @@ def test_checkpoints_that_are_not_autoformers_are_refused_in_words(weights, tmp_
     short = {n: t for n, t in weights.items() if not n.startswith("blocks.2")}
     other = {"model": weights, "args": argparse.Namespace(gp=False)}
     cases = [
-        (_Code(), "holds more than tensors and arguments and is refused"),
+        (_Code(), "holds more than tensors and is refused"),
         ({"blocks.0.attn.qkv.weight": torch.zeros(3)}, "is not an AutoFormer supernet"),
         (other, "was trained with gp False: only True is read"),
         (narrow, "does not fit the space nano"),

@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +23,7 @@ from torch import Tensor
 from vimnas_ds.config import ConfigError
 from vimnas_ds.model.autoformer import TABLES, AutoFormerShape, AutoFormerSupernet
 from vimnas_ds.space import SPACES, SearchSpace
+from vimnas_ds.torch_file import read_torch_file
 
 WEIGHTS_FILE, ABOUT_FILE = "supernet.safetensors", "autoformer.json"
 #: The published commands' arguments; a checkpoint that says otherwise is of another network.
@@ -36,16 +35,7 @@ _PUBLISHED = {
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a published .pth, by name. Raises ConfigError in words."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # its command's arguments
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
-        raise ConfigError(
-            f"{path} holds more than tensors and arguments and is refused (loading it would run "
-            "its code)"
-        ) from err
-    except (OSError, RuntimeError, EOFError) as err:
-        raise ConfigError(f"cannot read {path}: {err}") from err
+    content = read_torch_file(path, [argparse.Namespace])  # its command's arguments
     content = content if isinstance(content, dict) else {}
     given = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
     for key, value in _PUBLISHED.items():

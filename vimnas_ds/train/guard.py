@@ -1,6 +1,6 @@
 """The collapse guard's judgement: is training still sound, and if not, what is to be done.
 
-Per dataset (`Watch`), from its steps' losses and accuracies, means over all ranks:
+Per dataset (`DatasetWatch`), from its steps' losses and accuracies, means over all ranks:
 
     skipped   `skipped` steps in a row had non-finite gradients (weight and alpha steps apart)
     spike     `spike_steps` losses in a row > b + max(r (c - b), c / 4), and > 2 q - b
@@ -73,7 +73,7 @@ class Seen(NamedTuple):
     top1: float | None  #: None where labels are mixed
 
 
-class Watch:
+class DatasetWatch:
     """One dataset's series and what it says."""
 
     def __init__(self, name: str, section: GuardSection, chance: Chance):
@@ -253,7 +253,7 @@ class Guard:
 
     def __init__(self, section: GuardSection, chances: Mapping[str, Chance]):
         self.section = section
-        self._watches = {name: Watch(name, section, c) for name, c in chances.items()}
+        self._watches = {name: DatasetWatch(name, section, c) for name, c in chances.items()}
 
     def observe(
         self,
@@ -273,7 +273,7 @@ class Guard:
         return event
 
     def restart(self, step: int) -> None:
-        """See `Watch.restart`."""
+        """See `DatasetWatch.restart`."""
         for watch in self._watches.values():
             watch.restart(step)
 

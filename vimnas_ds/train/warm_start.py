@@ -8,7 +8,6 @@ position embeddings are not taken. Files load with safetensors or `weights_only=
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from vimnas_ds.config import ConfigError, ModelSection, RunConfig
 from vimnas_ds.model.supernet import Supernet
+from vimnas_ds.torch_file import read_torch_file
 from vimnas_ds.train.run_files import (
     PLAIN_FILES,
     WEIGHTS_FILE,
@@ -47,13 +47,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = load_file(str(path))
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
-        raise ConfigError(
-            f"vimnas.model.init: {path} holds more than tensors and is refused (loading it would "
-            "run its code); save a plain state dict or safetensors"
-        ) from err
-    except Exception as err:
+            state = read_torch_file(path)
+    except ConfigError as err:
+        raise ConfigError(f"vimnas.model.init: {err}") from err
+    except (OSError, SafetensorError) as err:
         raise ConfigError(f"vimnas.model.init: cannot read {path}: {err}") from err
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
