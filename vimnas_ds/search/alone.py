@@ -39,10 +39,8 @@ from vimnas_ds.train.schedule import Schedule
 #: nothing is drawn, scored or saved on the way, and the test splits are not read
 QUIET = [f"vimnas.log.{key}={10**9}" for key in ("images_every", "eval_every")]
 QUIET += [f"vimnas.checkpoint.every={10**9}", "vimnas.log.test_at_end=false"]
-QUIET += [
-    "vimnas.checkpoint.minutes=null",
-    "vimnas.faults.grace_seconds=0.1",
-]  # one that is cut off begins anew: nothing to save
+#: and one that is cut off begins anew: there is nothing to save
+QUIET += ["vimnas.checkpoint.minutes=null", "vimnas.faults.grace_seconds=0.1"]
 LOG_LINES, LOG_TAIL = 12, 8192  #: of a failed training; bytes that hold a log's latest line
 POLL_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
