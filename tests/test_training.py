@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
 from tests.runs import RESUME_AT, train
 from vimnas_ds.config import load_config
@@ -38,6 +38,10 @@ def pair(folder, trained) -> tuple[Path, Path]:
 
 def last_checkpoint(run: Path) -> Path:
     return run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+
+
+def rates(run: Path) -> list[ScalarEvent]:
+    return EventAccumulator(str(run / "tensorboard")).Reload().Scalars("train/lr")
 
 
 def draws(run: Path) -> list[tuple[str, ...]]:
@@ -103,7 +107,15 @@ def test_a_run_goes_on_on_another_number_of_ranks_and_at_another_rate(folder, pa
     assert all(torch.equal(counts[0][name], counts[1][name]) for name in counts[0])
     assert sum(int(count.sum()) for count in counts[1].values()) > 1000
     assert (ends[1] / rank_file(0, 1)).is_file()
-    assert "lr 1e-4" in (other / "train.log").read_text().replace("lr 1.0e-4", "lr 1e-4")
+    peak = load_config(whole / "config.json").vimnas.peak_lr
+    assert peak > 2e-4
+    shares = [
+        {rate.step: rate.value / highest for rate in rates(run)}
+        for run, highest in ((whole, peak), (other, 1e-4))
+    ]
+    after = [step for step in shares[0] if step > RESUME_AT]
+    assert len(after) > 5
+    assert all(shares[1][step] == pytest.approx(shares[0][step], abs=1e-3) for step in after)
 
 
 def test_the_result_is_a_table_and_the_same_numbers_in_json(pair):

@@ -30,27 +30,40 @@ from vimnas_ds.train.launchers import Launchers, Program, to_watch
 from vimnas_ds.train.pulse import PATIENCE, Beat, Hub, Line, connect, find_stuck
 from vimnas_ds.train.status import Exit
 
-RUNNER = Program("deepspeed", ("python", "/bin/deepspeed", "--num_gpus", "2", "scripts/train.py"))
-LAUNCH = Program("python", ("python", "-u", "-m", "deepspeed.launcher.launch", "train.py"))
-TORCHRUN = Program("torchrun", ("python", "/bin/torchrun", "scripts/train.py"))
-SHELL, SSH, INIT = Program("bash", ("bash",)), Program("sshd-session", ()), Program("init", ())
+RUNNER = Program("deepspeed", ("/bin/python", "/bin/deepspeed", "scripts/train.py"), 7)
+LAUNCH = Program("python", ("/bin/python", "-u", "-m", "deepspeed.launcher.launch", "train.py"), 8)
+NODE = LAUNCH._replace(command=(*LAUNCH.command[:4], "--node_rank=1", "train.py"))
+TORCHRUN = Program("torchrun", ("/bin/python3", "/bin/torchrun", "scripts/train.py"), 8)
+SHELL, SSH = Program("bash", ("bash",), 5), Program("sshd-session", (), 4)
+INIT, USERS_INIT = Program("init", (), 1), Program("systemd", ("systemd", "--user"), 900)
+BY_DEEPSPEED = {"LOCAL_RANK": "0", "CROSS_RANK": "0"}
+BY_TORCHRUN = {"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+BY_HAND = {"LOCAL_RANK": "0"}
 
 
 @pytest.mark.parametrize(
-    ("ancestors", "launched", "nohup", "watched"),
+    ("ancestors", "variables", "nohup", "watched"),
     [
-        ([LAUNCH, RUNNER, SHELL, SSH, INIT], True, False, [0, 1]),
-        ([LAUNCH, SHELL, SSH, INIT], True, False, [0, 2]),  # reached by a runner elsewhere
-        ([LAUNCH, SHELL, SSH, INIT], True, True, [0]),
-        ([LAUNCH, INIT], True, False, [0]),
-        ([TORCHRUN, SHELL, SSH, INIT], True, False, [0]),
-        ([INIT], True, False, [0]),
-        ([SHELL, SSH, INIT], False, False, []),  # no launcher: the shell may close
-        ([RUNNER, SHELL], False, False, []),
+        ([LAUNCH, RUNNER, SHELL, SSH, INIT], BY_DEEPSPEED, False, [0, 1]),
+        ([LAUNCH, RUNNER._replace(pid=1)], BY_DEEPSPEED, False, [0, 1]),  # a container's program
+        ([NODE, SHELL, SSH, INIT], BY_DEEPSPEED, False, [0, 2]),  # reached by a runner elsewhere
+        ([NODE, SHELL, SSH, INIT], BY_DEEPSPEED, True, [0]),
+        ([NODE, INIT], BY_DEEPSPEED, False, [0]),
+        ([LAUNCH, SHELL, INIT], BY_DEEPSPEED, False, [0]),  # by hand, without a runner
+        ([LAUNCH, INIT], BY_DEEPSPEED, True, [0]),
+        ([LAUNCH, INIT], BY_DEEPSPEED, False, None),  # the runner was killed
+        ([INIT], BY_DEEPSPEED, False, None),  # the launcher was
+        ([USERS_INIT, INIT], BY_DEEPSPEED, False, None),
+        ([TORCHRUN, SHELL, SSH, INIT], BY_TORCHRUN, False, [0]),
+        ([TORCHRUN._replace(pid=1)], BY_TORCHRUN, False, [0]),
+        ([INIT], BY_TORCHRUN, False, None),
+        ([INIT], BY_HAND, False, [0]),
+        ([SHELL, SSH, INIT], {}, False, []),  # no launcher: the shell may close
+        ([RUNNER, SHELL], {}, False, []),
     ],
 )
-def test_a_rank_looks_after_its_launchers_and_after_no_shell(ancestors, launched, nohup, watched):
-    assert to_watch(ancestors, launched, nohup) == watched
+def test_a_rank_looks_after_its_launchers_and_after_no_shell(ancestors, variables, nohup, watched):
+    assert to_watch(ancestors, variables, nohup) == watched
 
 
 def test_the_command_that_resumes_is_the_one_that_started(monkeypatch: pytest.MonkeyPatch) -> None:

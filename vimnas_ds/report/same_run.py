@@ -3,7 +3,8 @@
 Two runs of one configuration, however often one of them was killed and resumed, must leave equal
 checkpoints (every file of all that both keep), equal points, pictures and texts in TensorBoard (as
 it shows them, each step once), equal lines in the log (the last word on each step) and equal
-results. Left out is only what measures time or names the run's own folder.
+results. Left out is only what measures time, names the run's own folder, or says at which step the
+run told of a broken file.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 #: tags whose values measure time; their steps are compared all the same
 TIMED_TAGS = frozenset({"train/samples_per_s", "train/data_time_ms"})
+#: lists of broken files, told when the run next saves or logs (a run that is asked to stop saves
+#: earlier): what they say in all is compared, not the steps
+TOLD_LATER = "data/unusable/"
 #: fields of a log line that measure time or memory
 TIMED_FIELDS = re.compile(r"  (?:[\d.]+ samples/s|data \d+ ms|eta \S+(?: \d+h)?|mem [\d.]+ GiB)")
 #: where a run's own folder stands in its JSON files
@@ -110,10 +114,14 @@ def _points(folder: Path) -> dict[str, list[tuple[int, bytes]]]:
     them: scalars, pictures and texts are tensors, and what a resumed run purges is gone (the other
     accumulator leaves tensors unpurged)."""
     board = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
-    return {
-        tag: [(e.step, e.tensor_proto.SerializeToString()) for e in board.Tensors(tag)]
-        for tag in board.Tags()["tensors"]
-    }
+    found = {}
+    for tag in board.Tags()["tensors"]:
+        points = [(e.step, e.tensor_proto) for e in board.Tensors(tag)]
+        if tag.startswith(TOLD_LATER):
+            found[tag] = [(0, b"".join(text for _, p in points for text in p.string_val))]
+        else:
+            found[tag] = [(step, proto.SerializeToString()) for step, proto in points]
+    return found
 
 
 def log_differences(a: Path, b: Path) -> Iterator[str]:
