@@ -175,10 +175,13 @@ def test_ranks_of_one_machine_meet_where_no_other_reaches() -> None:
 SLEEPER = """
 import os, signal, sys, time
 from vimnas_ds.config import FaultsSection
-from vimnas_ds.train.watch import Watch
+from vimnas_ds.train import watch as module
 
-watch = Watch()
+module.MEETING = 1.0 if "alone" in sys.argv else 600.0
+watch = module.Watch()
 watch.start()
+if "alone" in sys.argv:  # the others never come
+    time.sleep(100)
 if "begun" in sys.argv:
     watch.begin(lambda text, code: print(code, text, flush=True))
 watch.limits = FaultsSection(grace_seconds=1.0 if "late" in sys.argv else 60.0)
@@ -191,8 +194,10 @@ time.sleep(100)
 """
 
 
-def test_a_stop_that_is_not_heeded_ends_in_time_with_the_same_code() -> None:
+def test_what_is_waited_for_in_vain_ends_in_time_and_says_so() -> None:
     expected = {
+        "alone": "rank 0 has waited 1 s for the ranks to meet: one of 2 did not start, or cannot "
+        "reach 127.0.0.1, port 1; see what each machine printed\n",
         "early": "rank 0 stops before the run has begun: rank 0 received SIGTERM\n",
         "begun twice": "rank 0 received SIGTERM: saving and stopping\n"
         "rank 0 received SIGINT again: ends at once\n",
@@ -201,6 +206,7 @@ def test_a_stop_that_is_not_heeded_ends_in_time_with_the_same_code() -> None:
         "(rank 0 received SIGTERM): ends without a checkpoint\n",
     }
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
+    env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for case, said in expected.items():
         done = subprocess.run(
             [sys.executable, "-c", SLEEPER, *case.split()],
@@ -209,9 +215,10 @@ def test_a_stop_that_is_not_heeded_ends_in_time_with_the_same_code() -> None:
             text=True,
             timeout=90,
         )
-        assert (done.returncode, done.stderr.rstrip("\n")) == (75, said.rstrip("\n"))
+        code = 1 if case == "alone" else 75
+        assert (done.returncode, done.stderr.rstrip("\n")) == (code, said.rstrip("\n"))
         last = said.splitlines()[-1]
-        assert done.stdout == ("" if case == "early" else f"75 {last}\n")
+        assert done.stdout == (f"75 {last}\n" if case.startswith("begun") else "")
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,8 @@ from vimnas_ds.train.status import Exit
 ECHO = 2.0
 #: Seconds that an error in a collective waits to hear which rank is behind it.
 HEARSAY = 5.0
+#: Seconds in which all ranks must have met: one that died before that is not heard of.
+MEETING = 600.0
 #: Seconds for the last words: log, TensorBoard and status.json may lie on a disk that is gone.
 LAST_WORDS = 3.0
 
@@ -67,7 +69,7 @@ class Watch:
         self._since = time.monotonic()  # when the activity began, or last went on
         self._stopped: tuple[str, float] | None = None  # why, and when
         self._leaving: tuple[Exit, float] | None = None
-        self._begun = False
+        self._begun = self._met = False
         self._hub: Hub | None = None
         self._line: Line | None = None
         self._zero: tuple[Beat, float] | None = None  # what rank 0 did, and when it said so
@@ -97,7 +99,8 @@ class Watch:
     # -- phases -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """From now on signals and launchers are watched."""
+        """From now on signals and launchers are watched, and the time until all ranks have met."""
+        self._since = time.monotonic()
         self._signals, told = os.pipe()
         os.set_blocking(told, False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
@@ -122,6 +125,7 @@ class Watch:
                 f"rank {ranks.rank} cannot reach rank 0 at {host}, port {port} ({error}): ports "
                 "between the machines must be open, as for NCCL and gloo"
             ) from error
+        self._met = True
 
     def set_limits(self, limits: FaultsSection) -> None:
         self.limits = limits
@@ -130,7 +134,7 @@ class Watch:
 
     def begin(self, last_words: Callable[[str, Exit], None]) -> None:
         """The run has begun: a stop saves it."""
-        self.last_words, self._begun = last_words, True
+        self.last_words, self._begun, self._met = last_words, True, True
         self.at("start", 0)
 
     def leave(self, code: Exit) -> None:
@@ -241,6 +245,14 @@ class Watch:
 
     def _look_at_clock(self) -> None:
         now, grace = time.monotonic(), self.limits.grace_seconds
+        if not self._met and not self._leaving and now - self._since > MEETING:
+            self._post(
+                f"has waited {MEETING:g} s for the ranks to meet: one of "
+                f"{os.environ.get('WORLD_SIZE', '1')} did not start, or cannot reach "
+                f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}; see what "
+                "each machine printed",
+                Exit.FAILED,
+            )
         if self._leaving and now - self._leaving[1] > grace:
             self._end(f"rank {self.rank} did not get away by itself", self._leaving[0], False)
         if self._stopped and not self._leaving and now - self._stopped[1] > grace:
