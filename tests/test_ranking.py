@@ -211,7 +211,7 @@ def test_a_failed_training_is_named_with_its_last_lines_and_ends_the_others(tmp_
     assert not pid.is_file() or not alive(int(pid.read_text()))
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_no_training_outlives_a_killed_ranking(tmp_path):
     code = (
         "import pathlib, sys; from tests.test_ranking import SLEEPER, trainings\n"
@@ -251,7 +251,7 @@ def rank(trained: Path, *args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_a_ranking_goes_on_after_a_kill_and_reads_no_test_file(trained, folder):
     out = folder / "ranking"
     few = ["--count", "3", "--epochs", "1", "--out", str(out)]

@@ -304,6 +304,7 @@ def test_tuning_between_decisions_trains_the_supernet_and_still_decides(trained,
     assert all(torch.equal(before[n], after[n]) for n in before)  # the checkpoint is untouched
 
 
+@pytest.mark.endurance
 def test_a_killed_tuned_search_goes_on_to_the_same_result(trained, folder):
     """SIGKILL as soon as two decisions are tuned; weights, moments and data are the real ones."""
     options = ["--tune_steps", "2", "--tune_lr", "1e-3", "--datasets", "imagenet"]
