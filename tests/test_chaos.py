@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 from vimnas_ds.report.board import Board
 from vimnas_ds.report.same_run import differences
 
+ALL_TOLD = {6: ["a.mp4 is cut", "b.mp4 is empty"]}
 MOMENT = "exp_avg/blocks.0.fc1.weight@0"
 
 
@@ -55,13 +56,16 @@ def write_run(root: Path) -> Path:
     return root
 
 
-def write_points(root: Path, first: int, steps: range, rate: float = 50) -> None:
+def write_points(
+    root: Path, first: int, steps: range, rate: float = 50, told: Mapping[int, list[str]] = ALL_TOLD
+) -> None:
     board = Board(root / "tensorboard", first)
     for step in steps:
         board.train_loss(step, "k400", 1 / step, None)
         board.train_step(step, 0.1, rate, 0, 0)
     board.sampled_choices(steps[-1], {"depth": {2: 3, 3: 4}})
-    board.unusable(steps[-1], "k400", ["a.mp4 is cut"])
+    for step, lines in told.items():
+        board.unusable(step, "k400", lines)
     board.close()
 
 
@@ -87,7 +91,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (file,) = (killed / "tensorboard").iterdir()
     with file.open("ab") as events:
         events.write(file.read_bytes()[:20])
-    write_points(killed, 5, range(5, 7), rate=8)
+    write_points(killed, 5, range(5, 7), 8, {5: ["a.mp4 is cut"], 6: ["b.mp4 is empty"]})
     write_lines(killed, range(4, 6), rate=9, loss=7)
     write_lines(killed, range(4, 7), rate=8)
     shutil.copytree(
@@ -168,6 +172,7 @@ MISTAKES: list[tuple[Callable[[Path], None], str]] = [
     (change_metadata, "no tensors differ"),
     (lose_a_point, r"train/loss/k400 has other steps: \[4\]"),
     (double_a_point, r"train/lr has steps \[6\] twice in killed"),
+    (double_a_point, "data/unusable/k400/text_summary has other values"),
     (change_a_value, r"train/loss/k400 has other values at steps \[6\]"),
     (change_a_picture, r"sampled/depth has other values at steps \[6\]"),
     (lambda run: write_lines(run, range(3, 4), 8, loss=2.001), "train.log: .*loss 5.000.*loss 5.0"),
