@@ -122,6 +122,8 @@ class Life:
             if self._struck or self._appointment is None:
                 return
             self._struck = True
+        if (self.folder / "death.json").exists():  # struck from outside
+            return
         victim = self._appointment.victim
         death = {
             "moment": self.moment,

@@ -50,8 +50,7 @@ BY_HAND = {"LOCAL_RANK": "0"}
         ([NODE, SHELL, SSH, INIT], BY_DEEPSPEED, True, [0]),
         ([NODE, INIT], BY_DEEPSPEED, False, [0]),
         ([LAUNCH, SHELL, INIT], BY_DEEPSPEED, False, [0]),  # by hand, without a runner
-        ([LAUNCH, INIT], BY_DEEPSPEED, True, [0]),
-        ([LAUNCH, INIT], BY_DEEPSPEED, False, None),  # the runner was killed
+        ([LAUNCH, INIT], BY_DEEPSPEED, True, None),  # the runner was killed
         ([INIT], BY_DEEPSPEED, False, None),  # the launcher was
         ([USERS_INIT, INIT], BY_DEEPSPEED, False, None),
         ([TORCHRUN, SHELL, SSH, INIT], BY_TORCHRUN, False, [0]),

@@ -56,7 +56,7 @@ def to_watch(
     if _runs(ancestors[0], _LAUNCH):
         if len(ancestors) > 1 and _is_runner(ancestors[1]):
             found.append(1)
-        elif len(ancestors) > 1 and _adopts(ancestors[1]) and not nohup and _of_one(ancestors[0]):
+        elif len(ancestors) > 1 and _adopts(ancestors[1]) and _of_one(ancestors[0]):
             return None
         elif not nohup:
             sessions = (i for i, one in enumerate(ancestors) if one.name.startswith("sshd"))
