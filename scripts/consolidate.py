@@ -18,11 +18,12 @@ import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from vimnas_ds.config import ConfigError
 from vimnas_ds.durable import publish_folder
 from vimnas_ds.manifest import read_manifest
+from vimnas_ds.tensor_file import save_tensors
 from vimnas_ds.train.checkpoint import STATE_FILE
 from vimnas_ds.train.fragments import whole_states
 from vimnas_ds.train.run_files import ALPHAS_FILE, POSITION_FILE, WEIGHTS_FILE, find_checkpoint
@@ -58,8 +59,8 @@ def consolidate(checkpoint: Path, out: Path) -> None:
     }
     for name in (WEIGHTS_FILE, ALPHAS_FILE, POSITION_FILE):
         shutil.copyfile(checkpoint / name, hidden / name)
-    save_file(shaped, str(hidden / "optimizer.safetensors"))
-    save_file(read_state(checkpoint / STATE_FILE)["counts"], str(hidden / "counts.safetensors"))
+    save_tensors(shaped, hidden / "optimizer.safetensors")
+    save_tensors(read_state(checkpoint / STATE_FILE)["counts"], hidden / "counts.safetensors")
     publish_folder(hidden, out)
     for file in sorted(out.iterdir()):
         print(f"{file}: {file.stat().st_size:,} bytes")

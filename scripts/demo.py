@@ -4,9 +4,10 @@
 
 Makes the demo data, trains the nano supernet with the deepspeed launcher, selects a sub-network by
 perturbation, evolves another under a parameter budget, puts both beside their controls on the test
-splits, exports the evolved one, loads it back and classifies a clip. About eight minutes on two CPU
-cores. Tables, and RUN/summary.json with datasets.NAME.chance and datasets.NAME.picks.PICK.{top1,
-params, gflops} as fractions and 1e9 MACs; "random": the mean of those of the evolved one's size.
+splits, exports the evolved one, loads it back, classifies a clip and writes RUN/report.html. About
+eight minutes on two CPU cores. Tables, and RUN/summary.json with datasets.NAME.chance and
+datasets.NAME.picks.PICK.{top1, params, gflops} as fractions and 1e9 MACs; "random": the mean of
+those of the evolved one's size.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import evolve
 import export
 import make_demo_data
 import perturb_select
+import report
 
 from vimnas_ds.predict import classify
 from vimnas_ds.search.cli import run_script
@@ -72,8 +74,12 @@ def demo(args: argparse.Namespace) -> int:
         classify_one(opened, run / "export")
     finally:
         opened.close()
+    say("the run and its searches on one page")
+    if report.main([str(run)]):
+        return 2
     print(f"TensorBoard: tensorboard --logdir {run / 'tensorboard'}")
     print(f"checkpoints: {run / 'checkpoints'}")
+    print("for commands of your own: source .venv/bin/activate")
     print(f"the whole demo took {time.perf_counter() - started:.0f} s")
     return 0
 

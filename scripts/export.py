@@ -159,6 +159,8 @@ def export(args: argparse.Namespace) -> int:
     trained = open_trained(args, ranks)
     arch = named_arch(args.arch, trained.net.space)
     folder = args.out or trained.root / "export"
+    if (folder / "arch.json").exists():
+        print(f"{folder}: the export that is there is replaced", flush=True)
     for line in write_heads(trained, arch, folder, args.formats):
         print(line, flush=True)
     print(f"exported {arch}\nto {folder}")

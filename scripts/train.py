@@ -67,8 +67,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--resume",
         nargs="?",
         const="latest",
-        metavar="PATH",
-        help="continue the latest checkpoint of vimnas.output_dir, or the one given",
+        metavar="PATH|auto",
+        help="continue the latest checkpoint of vimnas.output_dir, or the one given; auto: "
+        "continue the run if there is one, else begin it",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="delete an earlier run in vimnas.output_dir"

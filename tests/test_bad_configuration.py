@@ -348,7 +348,7 @@ COMMANDS: list[tuple[str, ...]] = [
     ("evaluate", "RUN --out HERE/x.csv", "HERE/x.csv", "must end in .json"),
     ("evaluate", "RUN --datasets ssv2", "--datasets ssv2", "imagenet, k400"),
     ("evaluate", "RUN --datasets k400 k400", "names k400 twice"),
-    ("evaluate", "RUN --arch huge", "cannot read the architecture huge"),
+    ("evaluate", "RUN --arch huge", "no architecture huge: largest, smallest, or the path"),
     ("evaluate", "RUN --arch HERE/deep.json", "HERE/deep.json", "recursion depth"),
     ("evaluate", "RUN --arch HERE/list.json", "HERE/list.json", "a JSON object, got [1]"),
     ("evaluate", "RUN --set vimnas.data.held_out=0.2", "held_out is 0.05", "now 0.2"),

@@ -178,6 +178,7 @@ def test_two_processes_do_not_write_one_run(run):
 
 def test_what_resume_means(run, tmp_path):
     assert choose_start(run, "latest", False) == run.checkpoints / "step00000030"
+    assert choose_start(run, "auto", False) == run.checkpoints / "step00000030"
     with pytest.raises(ConfigError, match="already holds a run: --resume continues it"):
         choose_start(run, None, False)
     assert choose_start(run, None, True) is None
@@ -190,8 +191,10 @@ def test_what_resume_means(run, tmp_path):
         choose_start(run, "latest", False)
     shutil.rmtree(run.checkpoints)
     assert choose_start(run, "latest", False) is None  # it was begun and has saved nothing
-    with pytest.raises(CheckpointError, match="no checkpoint at"):
-        choose_start(RunFiles(tmp_path / "nowhere"), "latest", False)
+    nothing = RunFiles(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="holds no run to resume: leave --resume out"):
+        choose_start(nothing, "latest", False)
+    assert choose_start(nothing, "auto", False) is None
 
 
 def test_best_starts_anew_with_other_datasets():

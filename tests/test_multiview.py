@@ -606,7 +606,7 @@ def test_long_lists_of_skipped_files_are_bounded_where_they_are_printed_only(cap
         (["--views", "dense", "--stride", "-1"], "--stride must be above 0 seconds, got -1"),
         (["--views", "dense", "--single_view"], "exclude each other"),
         (["--datasets", "k401"], "--datasets k401: this run has"),
-        (["--arch", "none.json"], "cannot read the architecture none.json"),
+        (["--arch", "none.json"], "no architecture none.json"),
         (["--out", "results"], "must end in .json"),
     ],
 )

@@ -122,6 +122,15 @@ def test_what_cannot_be_classified_is_said_in_words(exported, clip, tmp_path, ca
         assert words in said
     assert script.main([str(tmp_path), str(clip)]) == 2
     assert "is not an exported sub-network" in capsys.readouterr().err
+    (tmp_path / "checkpoints").mkdir()
+    assert script.main([str(tmp_path), str(clip)]) == 2
+    assert (
+        f"it is a run; python scripts/export.py --checkpoint {tmp_path}" in capsys.readouterr().err
+    )
+
+
+def test_whoever_may_read_the_folder_may_read_the_weights(exported):
+    assert len({file.stat().st_mode for file in exported.iterdir()}) == 1
 
 
 def test_a_file_that_no_head_takes_names_them_all(supernet, tmp_path, clip, capsys):

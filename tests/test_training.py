@@ -133,6 +133,11 @@ def test_the_result_is_a_table_and_the_same_numbers_in_json(pair):
 def test_a_run_is_never_mixed_with_an_older_one(folder, pair):
     with pytest.raises(AssertionError, match="already holds a run: --resume continues it"):
         train(folder, pair[0].name, ranks=1)
+    longer = (
+        r"schedule\.epochs was 3, now 4; to train on from its weights as another run: --inherit"
+    )
+    with pytest.raises(AssertionError, match=longer):
+        train(folder, pair[0].name, "--set", "vimnas.schedule.epochs=4", "--resume", ranks=1)
 
 
 def test_broken_videos_are_replaced_named_and_counted_and_too_many_stop_the_run(folder, tmp_path):

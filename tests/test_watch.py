@@ -334,6 +334,8 @@ def test_whatever_is_asked_to_stop_saves_goes_on_and_ends_as_if_nothing_had_been
         assert ended.status["exit_code"] == Exit.RESUMABLE
         assert ended.status["step"] == done
         assert str(ended.status["resume"]).endswith(" --resume")
+        last_line = (folder / "stopping" / "train.log").read_text().splitlines()[-1]
+        assert last_line.endswith(f"continue with: {ended.status['resume']}")
         assert ended.code in codes
         checkpoint = folder / "stopping" / "checkpoints" / f"step{done:08d}"
         assert (checkpoint / "supernet.safetensors").is_file()

@@ -35,4 +35,6 @@ def named_arch(name: str, space: SearchSpace) -> Arch:
     """The `largest` or `smallest` member of `space`, or the one in the file of that name."""
     if name in ("largest", "smallest"):
         return space.largest() if name == "largest" else space.smallest()
+    if not Path(name).exists():
+        raise ConfigError(f"no architecture {name}: largest, smallest, or the path of an arch.json")
     return read_arch(Path(name), space)

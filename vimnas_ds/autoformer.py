@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vimnas_ds.config import ConfigError
 from vimnas_ds.model.autoformer import TABLES, AutoFormerShape, AutoFormerSupernet
 from vimnas_ds.space import SPACES, SearchSpace
+from vimnas_ds.tensor_file import save_tensors
 from vimnas_ds.torch_file import read_torch_file
 
 WEIGHTS_FILE, ABOUT_FILE = "supernet.safetensors", "autoformer.json"
@@ -85,7 +86,7 @@ def keep(supernet: AutoFormerSupernet, labels: Sequence[str], folder: Path) -> N
     """Write the supernet to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in supernet.weights.items()}
-    save_file(tensors, str(folder / WEIGHTS_FILE))
+    save_tensors(tensors, folder / WEIGHTS_FILE)
     about = {"space": supernet.space.name, "dataset": supernet.dataset, "labels": list(labels)}
     (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from vimnas_ds.model.autoformer import AutoFormerNetwork, AutoFormerShape
 from vimnas_ds.model.block import ModelOptions
 from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.space import Arch
+from vimnas_ds.tensor_file import save_tensors
 from vimnas_ds.tubes import TokenGeometry, Tube
 
 FORMAT = "vimnas_ds sub-network 1"
@@ -63,7 +64,7 @@ def export_subnet(
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {n: p.detach().float().cpu().contiguous() for n, p in net.named_parameters()}
-    save_file(weights, str(folder / "model.safetensors"))
+    save_tensors(weights, folder / "model.safetensors")
     classes = {name: len(head.get_parameter("bias")) for name, head in net.heads.items()}
     arch = {**_describe(net), "num_classes": classes, "source": dict(source)}
     named = {
@@ -118,6 +119,11 @@ def read_json(folder: Path, name: str) -> Any:
     """One of the export's JSON files. Raises ExportError in words."""
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        hint = ""
+        if (folder / "checkpoints").is_dir():
+            hint = f": it is a run; python scripts/export.py --checkpoint {folder} exports from it"
+        raise ExportError(f"{folder} is not an exported sub-network: no {name}{hint}") from err
     except (OSError, ValueError, RecursionError) as err:
         raise ExportError(f"{folder} is not an exported sub-network: {name}: {err}") from err
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.programs import CannotExpress, Head, Run, place
+from vimnas_ds.tensor_file import save_tensors
 
 
 def timm_arguments(net: SubNetwork, dataset: str, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def write_timm(head: Head, folder: Path) -> Run:
     given = head.net, head.dataset, head.shape
     arguments = timm_arguments(*given)
     weights = place(folder, "timm", f"{head.dataset}.safetensors")
-    save_file(timm_state(*given), str(weights))
+    save_tensors(timm_state(*given), weights)
     about = weights.with_suffix(".json")
     about.write_text(json.dumps(arguments, indent=2) + "\n")
     from timm.models.vision_transformer import VisionTransformer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from vimnas_ds.search.objective import parse_objective
 from vimnas_ds.search.run import SearchRun, TrainedNetwork
 from vimnas_ds.search.scoring import EvaluationLog, Evaluations
 from vimnas_ds.train.ranks import CannotStart, RanksDisagree
+
+log = logging.getLogger(__name__)
 
 
 def build_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -98,9 +101,11 @@ def open_evaluations(
     `keep` False: no outcome is found or kept on disk (the weights will change).
     """
     objective = parse_objective(args.datasets, run.datasets, args.metric)
-    log = EvaluationLog(folder / "evaluations.csv", objective.datasets, run.ranks.is_main)
+    if run.ranks.is_main and (folder / "result.json").exists():
+        log.warning("%s: the result that is there will be replaced (--out DIR keeps it)", folder)
+    rows = EvaluationLog(folder / "evaluations.csv", objective.datasets, run.ranks.is_main)
     cache = args.cache or run.files.search_cache
-    return Evaluations(run, log, objective, cache if keep and not args.no_cache else None)
+    return Evaluations(run, rows, objective, cache if keep and not args.no_cache else None)
 
 
 def choose_datasets(run: TrainedNetwork, names: Sequence[str] | None) -> tuple[str, ...]:

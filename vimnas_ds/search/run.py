@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ from vimnas_ds.train.run_files import (
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -143,8 +146,11 @@ def choose_checkpoint(checkpoint: Path | None, ranks: Ranks) -> Path:
     """
 
     def decide() -> str:
-        given = checkpoint if checkpoint is not None else latest_run()
-        return str(find_checkpoint(given, PLAIN_FILES))
+        if checkpoint is not None:
+            return str(find_checkpoint(checkpoint, PLAIN_FILES))
+        found = find_checkpoint(latest_run(), PLAIN_FILES)
+        log.warning("--checkpoint is not given: the latest run's, %s", found)
+        return str(found)
 
     return Path(rank_zero_decides(decide, ranks))
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from vimnas_ds.config import ConfigError
 from vimnas_ds.durable import publish_folder
@@ -28,6 +28,7 @@ from vimnas_ds.search.perturb import Decision
 from vimnas_ds.search.tune import Tuner
 from vimnas_ds.seeds import derive_seed
 from vimnas_ds.space import SearchSpace
+from vimnas_ds.tensor_file import save_tensors
 from vimnas_ds.train.ranks import check_agreement
 from vimnas_ds.train.run_files import CheckpointError, config_object
 
@@ -70,7 +71,7 @@ class TuningStages:
             if old.is_dir() and old not in self._own:
                 shutil.rmtree(old)
         hidden.mkdir()
-        save_file(dict(weights), str(hidden / WEIGHTS_FILE))
+        save_tensors(weights, hidden / WEIGHTS_FILE)
         shutil.copyfile(self.log, hidden / self.log.name)
         stage = {
             "settings": self.settings,

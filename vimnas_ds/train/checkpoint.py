@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vimnas_ds.durable import (
@@ -35,6 +35,7 @@ from vimnas_ds.durable import (
 )
 from vimnas_ds.manifest import Damaged, FileEntry, read_manifest, write_manifest
 from vimnas_ds.seeds import derive_seed
+from vimnas_ds.tensor_file import save_tensors
 from vimnas_ds.train.engine import Engine
 from vimnas_ds.train.fragments import (
     elementwise,
@@ -212,7 +213,7 @@ def _write_shared(
     own = {**state, "counts": counts, "updates": updates, "engine": engine.counters()}
     tensors = {**whole, ALPHAS_FILE: _contiguous(state["learner"]["alphas"])}
     for name, content in tensors.items():
-        save_file(content, str(hidden / name))
+        save_tensors(content, hidden / name)
     write_state(hidden / STATE_FILE, own)
     (hidden / POSITION_FILE).write_text(json.dumps(state["position"], indent=2))
     return [hidden / name for name in (*tensors, STATE_FILE, POSITION_FILE)]

@@ -496,12 +496,11 @@ class Trainer:
         """
         check_same_network(checkpoint, self.config)
         state = load_checkpoint(checkpoint, self.engine, self.ranks)
-        for key, value in self._identity().items():
-            if state["identity"][key] != value:
-                raise ConfigError(
-                    f"{checkpoint} is of another run: {key} was {state['identity'][key]!r}, "
-                    f"now {value!r}"
-                )
+        if odd := _changes(state["identity"], self._identity()):
+            raise ConfigError(
+                f"{checkpoint} is of another run: {'; '.join(odd)}; to train on from its weights "
+                "as another run: --inherit, and another vimnas.output_dir"
+            )
         self.learner.load_state_dict(state["learner"])
         self.choices.load_state_dict(state["choices"])
         self.meters.load_state_dict(state["meters"])
@@ -536,6 +535,8 @@ class Trainer:
         """How the run ends, into its files; the watch's thread calls it when this one is stuck."""
         self.status.write(self.drawer.position.step, text, code)
         self.console.say(text)
+        if code in (Exit.RESUMABLE, Exit.FAILED):
+            self.console.say(f"continue with: {self.watch.launchers.resuming()}")
         self.board.close()
 
     def close(self) -> None:
@@ -543,3 +544,16 @@ class Trainer:
         self.loaders.close()
         self.board.close()
         self.console.close()
+
+
+def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was, in words."""
+    found = []
+    for key, value in now.items():
+        before = was[key]
+        if isinstance(before, dict) and isinstance(value, dict):
+            inner = {k: before.get(k) for k in value}
+            found += [f"{key}.{change}" for change in _changes(inner, value)]
+        elif before != value:
+            found.append(f"{key} was {before!r}, now {value!r}")
+    return found

@@ -177,9 +177,9 @@ def check_same_network(checkpoint: Path, config: RunConfig) -> None:
 def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path | None:
     """The checkpoint to start from, None for a fresh run.
 
-    `resume` is None, "latest" or a path. For the run's own process alone: it holds the folder from
-    here on, and puts right what an earlier one died over. Raises ConfigError rather than mixing two
-    runs.
+    `resume` is None, "latest", "auto" (latest, or a fresh run where there is none) or a path. For
+    the run's own process alone: it holds the folder from here on, and puts right what an earlier
+    one died over. Raises ConfigError rather than mixing two runs.
     """
     if resume is not None and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
@@ -189,6 +189,9 @@ def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path |
             f"{files.root} already holds a run: --resume continues it, --overwrite starts anew, "
             "--set vimnas.output_dir=... goes elsewhere"
         )
+    if resume == "auto":
+        begun = files.config.is_file() or replaced or newest_first(files.checkpoints)
+        resume = "latest" if begun else None
     found = None
     if resume is not None and resume != "latest":
         found = find_checkpoint(Path(resume))
@@ -202,6 +205,11 @@ def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path |
     hold_folder(files)
     restore_replaced(files.checkpoints)
     if resume == "latest":
+        if not files.config.is_file() and not newest_first(files.checkpoints):
+            raise ConfigError(
+                f"{files.root} holds no run to resume: leave --resume out to begin one, or say "
+                "--resume auto, which resumes what is there and else begins"
+            )
         if files.config.is_file() and not newest_first(files.checkpoints):
             log.warning("%s was begun and has saved nothing yet: it starts anew", files.root)
             return None

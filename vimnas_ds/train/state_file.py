@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+
+from vimnas_ds.tensor_file import save_tensors
 
 
 def write_state(path: Path, value: Any, tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Write `value`, and beside it `tensors` under their own names."""
     found = dict(tensors or {})
     tree = _pack(value, "", found)
-    save_file(found, str(path), metadata={"state": json.dumps(tree)})
+    save_tensors(found, path, metadata={"state": json.dumps(tree)})
 
 
 def read_state(path: Path) -> Any:

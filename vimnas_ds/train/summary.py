@@ -56,7 +56,9 @@ def write_summary(
         f"{format_table(head, rows)}\n"
         f"(test split, one centre view; GFLOPs: 1e9 multiply-accumulates per input)\n"
         f"TensorBoard: tensorboard --logdir {files.tensorboard}\n"
-        f"checkpoints: {files.checkpoints}"
+        f"checkpoints: {files.checkpoints}\n"
+        f"next: python scripts/perturb_select.py --checkpoint {files.root}\n"
+        f"      python scripts/report.py {files.root}"
     )
     summary = {
         "space": config.vimnas.space,
