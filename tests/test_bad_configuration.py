@@ -328,7 +328,7 @@ COMMANDS: list[tuple[str, ...]] = [
     ("train", "CONFIG", "HERE/run already holds a run", "--resume", "--overwrite"),
     ("train", "CONFIG --resume --overwrite", "exclude each other"),
     ("train", "CONFIG --resume HERE/none", "no checkpoint", "HERE/none"),
-    ("train", "CONFIG NEW --resume", "no checkpoint", "HERE/out"),
+    ("train", "CONFIG NEW --resume", "HERE/out holds no run to resume: leave --resume out"),
     ("train", "CONFIG NEW --arch none", "cannot read the architecture none"),
     ("train", "CONFIG NEW --arch HERE/odd.json", "HERE/odd.json", "depth 9 needs"),
     ("train", "CONFIG NEW --inherit HERE/none", "no checkpoint", "HERE/none"),
