@@ -72,7 +72,7 @@ def clips_of(record: Record, args: argparse.Namespace) -> str:
     """The page's part with samples, or a word why there are none."""
     if not args.clips:
         return ""
-    name = record.chosen or "largest"
+    name = record.choice.name if record.choice else "largest"
     try:
         ranks = start_ranks(engine=False)
         run = open_run(record.files.root, ranks, args.set, args.clips)

@@ -21,6 +21,7 @@ from tests.conftest import ROOT
 from tests.small import small_config
 from vimnas_ds.config import ConfigError, parse_config
 from vimnas_ds.page.charts import Dot, Line, dot_chart, line_chart, tick_text
+from vimnas_ds.page.choice import Choice, choose
 from vimnas_ds.page.clips import Clip, contact_sheets, without_clips
 from vimnas_ds.page.document import build_page
 from vimnas_ds.page.record import read_record, thinned
@@ -199,6 +200,7 @@ def expected_cells(root: Path) -> Iterator[tuple[str, str]]:
     yield "views:k400:largest:top1", "37.5%"
     yield "ranking:k400:tau", "0.71"
     yield "chosen", str(PICK)
+    yield "why", "perturbation's pick: the only search so far"
 
 
 # --- in a real browser ---
@@ -338,6 +340,58 @@ def test_a_layer_is_drawn_with_its_heads_and_its_mlp(searched: tuple[Path, Path]
     for layer, heads in enumerate(PICK.num_heads):
         ratio, hidden = PICK.mlp_ratio[layer], PICK.hidden_dim(layer)
         assert f"{heads}h  ×{ratio:g}  {hidden}" in drawn[0]
+
+
+# --- the pick that the page is about ---
+
+
+def result(accuracy: float, arch: Arch = OTHER, **other: Any) -> dict[str, Any]:
+    scores = {"select_top1": accuracy, "count": 32, "params": 95_096}
+    found = {"selector": "x", "weights": "a", "arch": json.loads(arch.to_json()), "loss": 1.0,
+             "accuracy": accuracy, "objective": {"metric": "top1", "weights": {"k400": 1.0}},
+             "datasets": {"k400": scores}}  # fmt: skip
+    return {**found, **other}
+
+
+def test_the_best_of_the_searches_scored_alike_is_chosen_and_the_page_says_so(
+    tmp_path: Path,
+) -> None:
+    three = {"evolution": result(0.75), "front": result(0.5), "perturbation": result(0.25)}
+    best = "the highest top-1 on select (75.0%) of 3 searches"
+    assert choose(three) == Choice("evolution", best)
+    tied = choose({**three, "perturbation": result(0.75 + 1e-12)})
+    assert tied == Choice("perturbation", f"{best}, tied with evolution")
+    metric = {"objective": {"metric": "loss", "weights": {"k400": 1.0}}}
+    losses = {
+        "evolution": result(0.9, loss=1.25, **metric),
+        "mine": result(0.1, loss=0.5, **metric),
+    }
+    assert choose(losses) == Choice("mine", "the lowest loss on select (0.5000) of 2 searches")
+
+    fewer = {"k400": {"select_top1": 0.75, "count": 16, "params": 1}}
+    apart = "scored on other weights, samples or datasets, not compared: evolution"
+    for other in ({"weights": "b"}, {"datasets": fewer}, {"tune_steps": 5}, metric):
+        unlike = {**three, "evolution": result(0.75, **other)}
+        why = f"the highest top-1 on select (50.0%) of 2 searches; {apart}"
+        assert choose(unlike) == Choice("front", why)
+        del unlike["front"]
+        assert choose(unlike) == Choice(
+            "perturbation", f"no other search was scored alike; {apart}"
+        )
+    assert choose({}) is None
+
+    root = train(tmp_path / "run", 20)
+    for name, found in three.items():
+        arch = json.loads((PICK if name == "evolution" else OTHER).to_json())
+        write(root / name / "result.json", {**found, "arch": arch})
+    write(root / "broken" / "result.json", {"selector": "evolution"})
+    text = make(root)
+    cells = Reader(text).cells
+    assert cells["chosen"] == str(PICK)
+    assert cells["why"] == f"evolution's pick: {best}"
+    assert re.findall("<figcaption>(.*?)</figcaption>", text)[0] == "evolution"
+    assert "<span>chosen by evolution: parameters</span>" in text
+    assert "broken/result.json is left out: no arch, objective" in text
 
 
 # --- charts ---

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from vimnas_ds.config import ConfigError, RunConfig, load_config
+from vimnas_ds.page.choice import NEEDED, Choice, choose
 from vimnas_ds.train.run_files import RunFiles
 
 #: of a curve, at most; longer ones are averaged in equal parts
@@ -86,10 +87,9 @@ class Record:
         return lines[-MOST_EVENTS:]
 
     @property
-    def chosen(self) -> str | None:
-        """The pick that the page is about: the method's own, else what there is."""
-        order = ("perturbation", "front", "evolution")
-        return next((n for n in (*order, *self.picks) if n in self.picks), None)
+    def choice(self) -> Choice | None:
+        """The pick that the page is about."""
+        return choose(self.picks)
 
     def by_tag(self, prefix: str) -> dict[str, Curve]:
         """Curves whose tag begins so, by the rest of it."""
@@ -116,7 +116,11 @@ def read_record(root: Path) -> Record:
     )
     for file in sorted(root.glob("*/result.json")):
         found = _json(file, notes)
-        if found is not None and "arch" in found and "selector" in found:
+        if found is None or "selector" not in found:
+            continue
+        if lacking := [key for key in NEEDED if key not in found]:
+            notes.append(f"{file.parent.name}/{file.name} is left out: no {', '.join(lacking)}")
+        else:
             record.picks[file.parent.name] = found
     if files.log.is_file():
         record.log = files.log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -38,11 +38,12 @@ def architectures(record: Record) -> str:
     """What the searches picked, drawn in the largest."""
     space = record.config.vimnas.search_space
     largest = space.largest()
-    if not record.picks:
+    choice = record.choice
+    if choice is None:
         note = "Nothing is chosen yet: scripts/perturb_select.py or scripts/evolve.py does."
         body = f"<p>{note}</p>" if space.size() > 1 else ""
         return section("Architecture", body + grid(_drawn(record, "largest", largest, largest)))
-    names = sorted(record.picks, key=lambda n: n != record.chosen)
+    names = sorted(record.picks, key=lambda n: n != choice.name)
     drawn = [_drawn(record, n, Arch.from_json(record.picks[n]["arch"]), largest) for n in names]
     drawn.insert(1, _drawn(record, "largest", largest, largest))
     lead = "Layer by layer from the input; outlines: what the largest sub-network has besides."
@@ -87,9 +88,9 @@ def decisions(record: Record) -> str:
         )
     unsure = sum(bool(d.note) for d in made)
     lead = (
-        f"{unit.title.capitalize()} each choice, in the order decided; framed: kept. Beside it the "
-        f"margin to the runner-up with one and two standard errors; {unsure} of {len(made)} within "
-        "the noise (hollow)."
+        f"Of perturbation. {unit.title.capitalize()} each choice, in the order decided; framed: "
+        "kept. Beside it the margin to the runner-up with one and two standard errors; "
+        f"{unsure} of {len(made)} within the noise (hollow)."
     )
     return section("Decisions", "".join(rows), lead)
 

@@ -40,18 +40,23 @@ def headline(record: Record) -> str:
         if last:
             mean = sum(last) / len(last)
             tiles.append((f"{name}: top-1 on select, latest, mean of datasets", percent(mean)))
-    if record.chosen is not None:
-        pick = record.picks[record.chosen]
+    choice = record.choice
+    if choice is not None:
+        pick = record.picks[choice.name]
         most = max(d["params"] for d in pick["datasets"].values())
-        tiles.append((f"chosen by {record.chosen}: parameters", large(most)))
+        tiles.append((f"chosen by {choice.name}: parameters", large(most)))
         tiles.append(("its top-1 on select, mean", percent(pick["accuracy"])))
     cells = "".join(f"<div><b>{escape(v)}</b><span>{escape(k)}</span></div>" for k, v in tiles)
     about = record.config.about.partition(" Command:")[0]
     chosen = ""
-    if record.chosen is not None:
-        arch = Arch.from_json(record.picks[record.chosen]["arch"])
+    if choice is not None:
+        arch = Arch.from_json(record.picks[choice.name]["arch"])
         words = f"depth {arch.depth}, width {arch.embed_dim}, per layer heads and MLP ratios"
-        chosen = f'<p>Chosen: <b data-cell="chosen" title="{words}">{escape(arch)}</b></p>'
+        why = escape(f"{choice.name}'s pick: {choice.why}")
+        chosen = (
+            f'<p>Chosen: <b data-cell="chosen" title="{words}">{escape(arch)}</b>, '
+            f'<span data-cell="why">{why}</span></p>'
+        )
     return (
         f"<h1>{escape(record.name)}</h1>"
         f'<p class="about">{escape(about)}</p>{chosen}<div class="tiles">{cells}</div>'
