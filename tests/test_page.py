@@ -118,7 +118,7 @@ def search(root: Path) -> Path:
     entries += [Entry("largest", "control", SPACE.largest())]
     table = {e.arch: {n: Measured(0.2 + i / 16, 0.9, 160, 180_000, 0.01) for n in NAMES}
              for i, e in enumerate(entries)}  # fmt: skip
-    about = {"split": "test", "checkpoint": "x"}
+    about = {"split": "test", "checkpoint": "x", "views": {"imagenet": 1, "k400": 12}}
     found = comparison_object(entries, table, dict.fromkeys(NAMES, 0.5), about)
     write(root / "compare" / "compare.json", found)
     per_class = {HOSTILE: {"count": 4, "top1": 0.25, "top5": 1.0}}
@@ -340,6 +340,50 @@ def test_a_layer_is_drawn_with_its_heads_and_its_mlp(searched: tuple[Path, Path]
     for layer, heads in enumerate(PICK.num_heads):
         ratio, hidden = PICK.mlp_ratio[layer], PICK.hidden_dim(layer)
         assert f"{heads}h  ×{ratio:g}  {hidden}" in drawn[0]
+
+
+def part(text: str, name: str) -> str:
+    """One section of a page."""
+    return text[text.index(f'<section id="{name}"') :].partition("</section>")[0]
+
+
+def test_scores_tell_of_how_many_views_they_are_and_bold_is_a_single_network(
+    searched: tuple[Path, Path], tmp_path: Path
+) -> None:
+    text = searched[1].read_text()
+    scores = part(text, "test-scores")
+    assert "One centre view of a sample, read at the end of the training; Controls" in scores
+    assert "<th>loss</th>" in scores
+    views = "The mean of a sample&#x27;s views: 1 of imagenet, 12 of k400."
+    assert views in part(text, "controls")
+    assert "the mean of a sample&#x27;s views: 12 of k400 (clips" in part(text, "evaluation")
+
+    root = search(tmp_path / "run")
+    summary = json.loads((root / "summary.json").read_text())
+    for entry in summary["datasets"].values():  # as the demo writes them
+        for pick in entry["picks"].values():
+            del pick["loss"]
+        entry["picks"]["random"] = {"top1": 0.9, "params": 9.5, "gflops": 0.01, "k": 20}
+    write(root / "summary.json", summary)
+    scores = part(make(root), "test-scores")
+    assert "<th>loss</th>" not in scores
+    assert "Taken over from the comparison with the controls" in scores
+    assert "<th>k400: mean of 20 random ones</th>" in scores
+    bold = re.findall(r'data-cell="([^"]*)" class="best"', scores)
+    assert bold == ["test:imagenet:largest:top1", "test:k400:largest:top1"]
+
+
+def test_picks_without_test_scores_name_the_command_that_reads_them(
+    searched: tuple[Path, Path], tmp_path: Path
+) -> None:
+    scored = "the samples they were chosen on; their test scores are under Controls."
+    assert scored in part(searched[1].read_text(), "picks")
+    root = search(tmp_path / "my run")
+    command = f"python scripts/compare.py --checkpoint &#x27;{root}&#x27;</p>"
+    write(root / "evolution" / "result.json", result(0.5, SPACE.smallest()))  # a later one
+    assert f"test scores of evolution: {command}" in part(make(root), "picks")
+    (root / "compare" / "compare.json").unlink()
+    assert f"test scores of evolution, perturbation: {command}" in part(make(root), "picks")
 
 
 # --- the pick that the page is about ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -159,7 +160,13 @@ def controls(record: Record) -> str:
     lead = (
         f"Top-1 on {found['split']} of picks beside their controls; errors are one standard error."
     )
+    if "views" in found:
+        lead += f" The mean of a sample's views: {_listed(found['views'])}."
     return section("Controls", body + table(head, rows), lead)
+
+
+def _listed(views: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} of {name}" for name, count in views.items())
 
 
 def _dots(entries: list[dict[str, Any]], dataset: str, y_name: str) -> str:
@@ -236,8 +243,10 @@ def evaluation(record: Record) -> str:
         if d["skipped"]
     ]
     body += items(left) if left else ""
+    views = {n: d["clips"] * d["crops"] for n, d in found["datasets"].items()}
     lead = (
-        f"On {found['split']}, all views of a sample averaged (clips placed {found['placement']})."
+        f"On {found['split']}, the mean of a sample's views: {_listed(views)} "
+        f"(clips placed {found['placement']})."
     )
     return section("Evaluation", body, lead)
 
@@ -315,5 +324,16 @@ def picks(record: Record) -> str:
         arch = str(Arch.from_json(found["arch"]))
         rows.append([*row, percent(found["accuracy"]), f"{found['loss']:.3f}", arch])
     head = ["search", *datasets, "mean", "loss", "sub-network"]
-    lead = "Top-1 on select, the samples they were chosen on; their test scores are under Controls."
+    compared = (
+        record.comparison if record.comparison and record.comparison["split"] == "test" else {}
+    )
+    tested = [e["arch"] for e in compared.get("entries", [])]
+    lead = "Top-1 on select, the samples they were chosen on; "
+    if untested := [name for name, found in record.picks.items() if found["arch"] not in tested]:
+        root = shlex.quote(str(record.files.root))
+        lead += (
+            f"test scores of {', '.join(untested)}: python scripts/compare.py --checkpoint {root}"
+        )
+    else:
+        lead += "their test scores are under Controls."
     return section("Picks", table(head, rows), lead)

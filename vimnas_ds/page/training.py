@@ -164,18 +164,25 @@ def test_scores(record: Record) -> str:
     if record.summary is None:
         note = "The run has not finished: the test splits are read once, at its end."
         return section("Test scores", f"<p>{note}</p>")
+    datasets = record.summary.get("datasets", {})
+    if not datasets:
+        note = "The run was told not to read the test splits."
+        return section("Test scores", f"<p>{note}</p>")
+    at_end = any("loss" in p for entry in datasets.values() for p in entry["picks"].values())
     rows: list[list[str | Cell]] = []
-    for name, entry in record.summary.get("datasets", {}).items():
-        best = max((p["top1"] for p in entry["picks"].values()), default=0)
+    for name, entry in datasets.items():
+        best = max((p["top1"] for p in entry["picks"].values() if "k" not in p), default=0)
         for pick, found in entry["picks"].items():
             key = f"test:{name}:{pick}"
-            tone = "best" if found["top1"] == best else ""
+            tone = "best" if found["top1"] == best and "k" not in found else ""
+            label = f"mean of {found['k']} random ones" if "k" in found else pick
+            loss = [f"{found['loss']:.3f}" if "loss" in found else "-"] if at_end else []
             rows.append(
                 [
-                    f"{name}: {pick}",
+                    f"{name}: {label}",
                     Cell(percent(found["top1"]), f"{key}:top1", tone),
                     percent(found.get("top5")),
-                    f"{found['loss']:.3f}" if "loss" in found else "-",
+                    *loss,
                     percent(entry["chance"]),
                     Cell(f"{found['params']:,.0f}", f"{key}:params"),
                     f"{found['gflops']:.4g}",
@@ -186,14 +193,19 @@ def test_scores(record: Record) -> str:
         "dataset: sub-network",
         "top-1",
         "top-5",
-        "loss",
+        *(["loss"] if at_end else []),
         "chance",
         "parameters",
         "GFLOPs",
         "samples",
     ]
-    body = table(head, rows) if rows else "<p>The run was told not to read the test splits.</p>"
-    return section("Test scores", body, "GFLOPs: 1e9 multiply-accumulates per input.")
+    how = "One centre view of a sample, read at the end of the training"
+    if not at_end:
+        how = "Taken over from the comparison with the controls, of as many views as it says"
+    elif record.comparison or record.evaluation:
+        how += "; Controls and Evaluation say of how many views theirs are"
+    lead = f"{how}. Bold: the best of its dataset. GFLOPs: 1e9 multiply-accumulates per input."
+    return section("Test scores", table(head, rows), lead)
 
 
 def faults(record: Record) -> str:
