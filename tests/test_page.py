@@ -360,10 +360,11 @@ def test_scores_tell_of_how_many_views_they_are_and_bold_is_a_single_network(
 
     root = search(tmp_path / "run")
     summary = json.loads((root / "summary.json").read_text())
-    for entry in summary["datasets"].values():  # as the demo writes them
+    tops = {"imagenet": 0.9, "k400": 0.43751}  # above the best single one; as high
+    for name, entry in summary["datasets"].items():  # as the demo writes them
         for pick in entry["picks"].values():
             del pick["loss"]
-        entry["picks"]["random"] = {"top1": 0.9, "params": 9.5, "gflops": 0.01, "k": 20}
+        entry["picks"]["random"] = {"top1": tops[name], "params": 9.5, "gflops": 0.01, "k": 20}
     write(root / "summary.json", summary)
     scores = part(make(root), "test-scores")
     assert "<th>loss</th>" not in scores
