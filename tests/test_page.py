@@ -315,6 +315,44 @@ def test_a_killed_run_shows_its_curves_and_what_could_not_be_read(tmp_path: Path
         read_record(tmp_path)
 
 
+def test_a_pre_empted_run_says_why_and_how_it_goes_on(tmp_path: Path) -> None:
+    root = train(tmp_path / "run", 60)
+    stamp, first = "2026-05-06T07:08:09+00:00", "(first: a.mp4: cut)"
+    stop = f"rank 0 received SIGTERM: saved and stopped after step 63 {HOSTILE}"
+    ends = [stop, "another rank was asked to stop: saved and stopped after step 64",
+            "rank 1 died: process 5", "ranks [0, 1] have been in 'data' for 9 s"]  # fmt: skip
+    start = "k400: 4 classes; test 24, train 40"
+    lines = [f"imagenet: 4 classes; test 9; 3 unusable files left out {first}",
+             f"{start}; 12 unusable files left out {first}; 2 videos dropped", *ends,
+             "imagenet: 4 classes; test 9",
+             f"{start}; 1 listed files are not on disk (first: b); 15 unusable files left out (…)",
+             "saved step00000063: 3.4 MB"]  # fmt: skip
+    with (root / "train.log").open("a") as log:
+        log.writelines(f"{stamp}  {line}\n" for line in lines)
+    resume = "deepspeed scripts/train.py --set 'a=<b>' --resume"
+    status = {"state": "preempted", "step": 63, "reason": stop, "resume": resume}
+    write(root / "status.json", status)
+    text = make(root)
+    assert "<b>step 63</b><span>of 100 steps, pre-empted; last wrote" in text
+    cells = Reader(text).cells
+    assert cells["standing"] == f"Pre-empted: {stop}."
+    assert cells["resume"] == resume
+    faults = part(text, "faults-and-events")
+    name = "<dt>unusable files left out at the start</dt>"
+    assert f"{name}<dd>k400 15</dd>" in faults
+    events = Reader(faults.replace("<li>", '<li data-cell="event">')).cells["event"]
+    assert all(line in events for line in [*lines[:2], *ends, lines[7]])
+    assert "saved step" not in events
+
+    for state, said in (("failed", f"Failed: {stop}."), ("stopped", f"Stopped by itself: {stop}."),
+                        ("running", "Under way, or killed.")):  # fmt: skip
+        write(root / "status.json", {**status, "state": state})
+        cells = Reader(make(root)).cells
+        assert (cells["standing"], cells["resume"]) == (said, resume)
+    write(root / "summary.json", {"datasets": {}})
+    assert "standing" not in Reader(make(root)).cells
+
+
 def test_alphas_are_shown_for_every_decision(searched: tuple[Path, Path]) -> None:
     text = searched[1].read_text()
     part = text[text.index('id="alphas"') : text.index('id="decisions"')]

@@ -30,6 +30,7 @@ GUIDANCE = {"scalars": 0, "tensors": 0, "images": 1, "histograms": 1, "compresse
 #: lines of train.log that tell of something that went otherwise than planned
 EVENTS = re.compile(
     r"is unusable|was skipped|resumed from|^stopped|going back|given up|damaged|rewind|rewound"
+    r"|saved and stopped after|^ranks? [\d\[]|unusable files left out"
 )
 MOST_EVENTS = 40
 
@@ -53,6 +54,7 @@ class Record:
     labels: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
     summary: dict[str, Any] | None = None
+    status: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
     comparison: dict[str, Any] | None = None
     ranking: dict[str, Any] | None = None
@@ -79,6 +81,16 @@ class Record:
             if found := re.search(r"  step (\d+)/(\d+)", line):
                 return int(found[1]), int(found[2])
         return None
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Unusable files that the latest start left out of each dataset, by the log."""
+        counts = dict[str, int]()
+        for line in self.log:
+            if found := re.match(r"(\S+): \d+ classes; (.*)", line.partition("  ")[2]):
+                number = re.search(r"; (\d+) unusable files left out", found[2])
+                counts[found[1]] = int(number[1]) if number else 0
+        return counts
 
     @property
     def events(self) -> list[str]:
@@ -108,6 +120,7 @@ def read_record(root: Path) -> Record:
         _json(files.labels, notes),
         _json(files.environment, notes),
         _json(files.summary, notes),
+        _json(files.status, notes),
         _json(root / "evaluation.json", notes),
         _json(root / "compare" / "compare.json", notes),
         _json(root / "ranking" / "ranking.json", notes),

@@ -25,6 +25,9 @@ from vimnas_ds.space import Arch
 from vimnas_ds.train.circumstances import PACKAGES
 from vimnas_ds.train.run_files import config_object
 
+#: states of status.json in which a run has ended without being finished
+ENDED = {"preempted": "pre-empted", "stopped": "stopped by itself", "failed": "failed"}
+
 
 def headline(record: Record) -> str:
     """Name, what it is, how far it is, and the numbers that one asks for first."""
@@ -72,7 +75,29 @@ def _state_tile(record: Record) -> tuple[str, str]:
         return "begun, no step logged yet", "begun"
     done, total = record.progress
     when = record.log[-1].partition("  ")[0][:16].replace("T", " ")
-    return f"of {total:,} steps, not finished; last wrote {when}", f"step {done:,}"
+    if record.status is not None:
+        done = max(done, record.status["step"])
+    return f"of {total:,} steps, {_state(record)}; last wrote {when}", f"step {done:,}"
+
+
+def _state(record: Record) -> str:
+    state = "" if record.status is None else record.status["state"]
+    return ENDED.get(state, "not finished")
+
+
+def standing(record: Record) -> str:
+    """Why a run that is not finished stands still, and what continues it."""
+    found = record.status
+    if found is None or record.summary is not None:
+        return ""
+    said = f"{_state(record)}: {found['reason']}."
+    if found["state"] not in ENDED:
+        said = "Under way, or killed."
+    command = f'<pre data-cell="resume">{escape(found["resume"])}</pre>'
+    return (
+        f'<p data-cell="standing">{escape(said[0].upper() + said[1:])}</p>'
+        f"<p>To continue it:</p>{command}"
+    )
 
 
 def curves(record: Record) -> str:
@@ -225,6 +250,7 @@ def faults(record: Record) -> str:
         ("skipped steps (non-finite)", "-" if skipped is None else f"{skipped:,}"),
         ("samples replaced", _counted(replaced)),
         ("why", ", ".join(f"{r} {n:,}" for r, n in reasons.most_common()) or "-"),
+        ("unusable files left out at the start", _counted(record.left_out)),
         ("files left out of the scores", _counted(found.get("files_left_out", {}))),
         ("batches decoded slowly", _counted(found.get("slow_batches", {}))),
     ]
