@@ -116,6 +116,7 @@ def search(root: Path) -> Path:
     entries = [Entry("perturbation", "pick", PICK, evaluations=25)]
     entries += [Entry("random", "random", OTHER, "perturbation")]
     entries += [Entry("largest", "control", SPACE.largest())]
+    entries += [Entry("smallest", "control", SPACE.smallest())]
     table = {e.arch: {n: Measured(0.2 + i / 16, 0.9, 160, 180_000, 0.01) for n in NAMES}
              for i, e in enumerate(entries)}  # fmt: skip
     about = {"split": "test", "checkpoint": "x", "views": {"imagenet": 1, "k400": 12}}
@@ -410,6 +411,25 @@ def test_scores_tell_of_how_many_views_they_are_and_bold_is_a_single_network(
     assert "<th>k400: mean of 20 random ones</th>" in scores
     bold = re.findall(r'data-cell="([^"]*)" class="best"', scores)
     assert bold == ["test:imagenet:largest:top1", "test:k400:largest:top1"]
+
+
+def test_every_control_has_a_mark_of_its_own_and_the_legend_names_it(
+    searched: tuple[Path, Path],
+) -> None:
+    controls = part(searched[1].read_text(), "controls")
+    legend = controls[controls.index('<div class="legend">') :].partition("<table")[0]
+    named = re.findall(r'<polygon class="dot (.*?)" points.*?</svg>(.*?)</span>', legend)
+    assert named == [("n2 star", "perturbation; small dots: random ones of its size"),
+                     ("c7 up", "largest"), ("c7 down", "smallest")]  # fmt: skip
+    for mark, name in named:
+        at = rf'<polygon class="dot {mark}" points="([^"]*)" data-tip="{name.split(";")[0]}\n'
+        drawn = [
+            np.array([p.split(",") for p in c.split()], float) for c in re.findall(at, controls)
+        ]
+        assert len(drawn) == len(NAMES)
+        assert {len(c) for c in drawn} == {10 if mark == "n2 star" else 3}
+        top = drawn[0][0, 1] < drawn[0][:, 1].mean()  # y points down
+        assert top == (mark != "c7 down")
 
 
 def test_picks_without_test_scores_name_the_command_that_reads_them(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vimnas_ds.page.architecture import draw_architecture
-from vimnas_ds.page.charts import Dot, dot_chart, legend, margin_bar, subnet_colour
+from vimnas_ds.page.charts import Dot, dot_chart, margin_bar, mark_legend, subnet_colour
 from vimnas_ds.page.markup import (
     Cell,
     escape,
@@ -31,6 +31,8 @@ from vimnas_ds.search.statistics import standard_error
 from vimnas_ds.space import Arch
 from vimnas_ds.train.dry_run import cost_of
 
+#: shapes of a comparison's controls, in its order; they come round again
+CONTROLS = ("up", "down", "square", "diamond", "cross", "plus", "hexagon")
 #: a class list's and a pair list's length
 LISTED = 6
 
@@ -145,9 +147,13 @@ def controls(record: Record) -> str:
     picks = [e["name"] for e in entries if e["role"] == "pick"]
     body = items([str(_verdict(v)) for v in found["verdicts"] if v["beats"] is not None])
     datasets = list(found["weights"])
-    figures = [figure(d, _dots(entries, d, f"top-1 on {found['split']}")) for d in datasets]
-    names = [(f"{n}: star; dots: random ones of its size", subnet_colour(n)) for n in picks]
-    body += grid(*figures) + legend([*names, ("controls", "c7")])
+    others = [e["name"] for e in entries if e["role"] == "control"]
+    shapes = {n: CONTROLS[i % len(CONTROLS)] for i, n in enumerate(others)}
+    y_name = f"top-1 on {found['split']}"
+    figures = [figure(d, _dots(entries, d, y_name, shapes)) for d in datasets]
+    marks = [(f"{n}; small dots: random ones of its size", subnet_colour(n), "star") for n in picks]
+    marks += [(n, "c7", shape) for n, shape in shapes.items()]
+    body += grid(*figures) + mark_legend(marks)
     rows: list[list[str | Cell]] = []
     for e in entries:
         if e["role"] == "random":
@@ -169,7 +175,9 @@ def _listed(views: Mapping[str, int]) -> str:
     return ", ".join(f"{count} of {name}" for name, count in views.items())
 
 
-def _dots(entries: list[dict[str, Any]], dataset: str, y_name: str) -> str:
+def _dots(
+    entries: list[dict[str, Any]], dataset: str, y_name: str, shapes: Mapping[str, str]
+) -> str:
     dots = []
     for e in sorted(entries, key=lambda e: ("random", "control", "pick").index(e["role"])):
         m = e["datasets"][dataset]
@@ -181,7 +189,7 @@ def _dots(entries: list[dict[str, Any]], dataset: str, y_name: str) -> str:
             mine = subnet_colour(e["name"])
             dot = Dot(m["params"], m["top1"], tip, mine, m["top1_se"], "star")
         else:
-            dot = Dot(m["params"], m["top1"], tip, "c7")
+            dot = Dot(m["params"], m["top1"], tip, "c7", shape=shapes[e["name"]])
         dots.append(dot)
     return dot_chart(dots, "parameters", y_name)
 
@@ -327,7 +335,7 @@ def picks(record: Record) -> str:
     compared = (
         record.comparison if record.comparison and record.comparison["split"] == "test" else {}
     )
-    tested = [e["arch"] for e in compared.get("entries", [])]
+    tested = [e["arch"] for e in compared.get("entries", []) if e["role"] == "pick"]
     lead = "Top-1 on select, the samples they were chosen on; "
     if untested := [name for name, found in record.picks.items() if found["arch"] not in tested]:
         root = shlex.quote(str(record.files.root))

@@ -93,7 +93,7 @@ def standing(record: Record) -> str:
     said = f"{_state(record)}: {found['reason']}."
     if found["state"] not in ENDED:
         said = "Under way, or killed."
-    command = f'<pre data-cell="resume">{escape(found["resume"])}</pre>'
+    command = f'<pre class="wrapped" data-cell="resume">{escape(found["resume"])}</pre>'
     return (
         f'<p data-cell="standing">{escape(said[0].upper() + said[1:])}</p>'
         f"<p>To continue it:</p>{command}"
