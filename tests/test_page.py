@@ -407,8 +407,12 @@ def test_scores_tell_of_how_many_views_they_are_and_bold_is_a_single_network(
     write(root / "summary.json", summary)
     scores = part(make(root), "test-scores")
     assert "<th>loss</th>" not in scores
-    assert "Taken over from the comparison with the controls" in scores
+    assert "Taken over from Controls, which says" in scores
     assert "<th>k400: mean of 20 random ones</th>" in scores
+    comparison = json.loads((root / "compare" / "compare.json").read_text())
+    del comparison["views"]
+    write(root / "compare" / "compare.json", comparison)
+    assert "The file does not tell of how many views." in part(make(root), "controls")
     bold = re.findall(r'data-cell="([^"]*)" class="best"', scores)
     assert bold == ["test:imagenet:largest:top1", "test:k400:largest:top1"]
 
@@ -492,7 +496,7 @@ def test_the_best_of_the_searches_scored_alike_is_chosen_and_the_page_says_so(
     cells = Reader(text).cells
     assert cells["chosen"] == str(PICK)
     assert cells["why"] == f"evolution's pick: {best}"
-    assert re.findall("<figcaption>(.*?)</figcaption>", text)[0] == "evolution"
+    assert re.findall("<figcaption>(.*?)</figcaption>", text)[0] == "evolution, chosen"
     assert "<span>chosen by evolution: parameters</span>" in text
     assert "broken/result.json is left out: no arch, objective" in text
 

@@ -32,8 +32,8 @@ CORNERS: dict[str, tuple[list[float], float]] = {
     "down": ([6] * 3, math.pi),
     "square": ([5.7] * 4, math.pi / 4),
     "diamond": ([6] * 4, 0),
-    "cross": ([6.5, 2] * 4, math.pi / 4),
-    "plus": ([6.5, 2] * 4, 0),
+    "cross": ([7, 2.6] * 4, math.pi / 4),
+    "plus": ([7, 2.6] * 4, 0),
     "hexagon": ([5] * 6, 0),
 }
 

@@ -47,7 +47,9 @@ def architectures(record: Record) -> str:
         body = f"<p>{note}</p>" if space.size() > 1 else ""
         return section("Architecture", body + grid(_drawn(record, "largest", largest, largest)))
     names = sorted(record.picks, key=lambda n: n != choice.name)
-    drawn = [_drawn(record, n, Arch.from_json(record.picks[n]["arch"]), largest) for n in names]
+    titles = [f"{choice.name}, chosen", *names[1:]]
+    archs = [Arch.from_json(record.picks[n]["arch"]) for n in names]
+    drawn = [_drawn(record, t, a, largest) for t, a in zip(titles, archs, strict=True)]
     drawn.insert(1, _drawn(record, "largest", largest, largest))
     lead = "Layer by layer from the input; outlines: what the largest sub-network has besides."
     return section("Architecture", grid(*drawn), lead)
@@ -166,9 +168,10 @@ def controls(record: Record) -> str:
     lead = (
         f"Top-1 on {found['split']} of picks beside their controls; errors are one standard error."
     )
+    views = "The file does not tell of how many views."
     if "views" in found:
-        lead += f" The mean of a sample's views: {_listed(found['views'])}."
-    return section("Controls", body + table(head, rows), lead)
+        views = f"The mean of a sample's views: {_listed(found['views'])}."
+    return section("Controls", body + table(head, rows), f"{lead} {views}")
 
 
 def _listed(views: Mapping[str, int]) -> str:

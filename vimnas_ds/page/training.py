@@ -226,10 +226,10 @@ def test_scores(record: Record) -> str:
     ]
     how = "One centre view of a sample, read at the end of the training"
     if not at_end:
-        how = "Taken over from the comparison with the controls, of as many views as it says"
+        how = "Taken over from Controls, which says of how many views of a sample"
     elif record.comparison or record.evaluation:
         how += "; Controls and Evaluation say of how many views theirs are"
-    lead = f"{how}. Bold: the best of its dataset. GFLOPs: 1e9 multiply-accumulates per input."
+    lead = f"{how}. Bold: the best single one of its dataset. GFLOPs: 1e9 multiply-accumulates per input."
     return section("Test scores", table(head, rows), lead)
 
 
