@@ -6,10 +6,10 @@
 
 Writes RUN/report.html: curves, alphas, decisions with their margins, the front, the chosen
 architecture (the best on `select` of the searches scored alike) beside the largest, controls,
-scores, clips that it gets right and wrong, faults, configuration. A run that was killed, is still training or was never searched gives a page of what
-there is. Clips need a checkpoint and the data (--set vimnas.data.k400.root=... where they have
-moved); without, a word stands there. Costs a few seconds, and for the clips some batches of each
-dataset. Exit code 2: there is no run.
+scores, clips that it gets right and wrong, faults, configuration. A run that was killed, is still
+training or was never searched gives a page of what there is. Clips need a checkpoint and the data
+(--set vimnas.data.k400.root=... where they have moved); without, a word stands there. Costs a few
+seconds, and for the clips some batches of each dataset. Exit code 2: there is no run.
 """
 
 from __future__ import annotations

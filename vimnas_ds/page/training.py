@@ -229,7 +229,10 @@ def test_scores(record: Record) -> str:
         how = "Taken over from Controls, which says of how many views of a sample"
     elif record.comparison or record.evaluation:
         how += "; Controls and Evaluation say of how many views theirs are"
-    lead = f"{how}. Bold: the best single one of its dataset. GFLOPs: 1e9 multiply-accumulates per input."
+    lead = (
+        f"{how}. Bold: the best single one of its dataset. GFLOPs: 1e9 multiply-accumulates per "
+        "input."
+    )
     return section("Test scores", table(head, rows), lead)
 
 
