@@ -391,7 +391,8 @@ def test_scores_tell_of_how_many_views_they_are_and_bold_is_a_single_network(
 ) -> None:
     text = searched[1].read_text()
     scores = part(text, "test-scores")
-    assert "One centre view of a sample, read at the end of the training; Controls" in scores
+    one = "One centre view of a sample, read at the end of the training"
+    assert f"{one} (those of Controls and Evaluation: as many as written there). Bold" in scores
     assert "<th>loss</th>" in scores
     views = "The mean of a sample&#x27;s views: 1 of imagenet, 12 of k400."
     assert views in part(text, "controls")

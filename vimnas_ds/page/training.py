@@ -225,10 +225,11 @@ def test_scores(record: Record) -> str:
         "samples",
     ]
     how = "One centre view of a sample, read at the end of the training"
+    others = {"Controls": record.comparison, "Evaluation": record.evaluation}
     if not at_end:
         how = "Taken over from Controls, which says of how many views of a sample"
-    elif record.comparison or record.evaluation:
-        how += "; Controls and Evaluation say of how many views theirs are"
+    elif told := [name for name, found in others.items() if found]:
+        how += f" (those of {' and '.join(told)}: as many as written there)"
     lead = (
         f"{how}. Bold: the best single one of its dataset. GFLOPs: 1e9 multiply-accumulates per "
         "input."
