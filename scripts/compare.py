@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from functools import partial
 
@@ -103,11 +104,13 @@ def compare(args: argparse.Namespace) -> int:
     table = measure(run, evaluations.datasets, entries, args.split, args.single_view)
     if ranks.is_main:
         weights = evaluations.objective.weights
+        data = run.config.vimnas.data.datasets
         about = {
             "checkpoint": str(run.checkpoint),
             "ema": run.ema,
             "split": args.split,
             "seed": args.seed,
+            "views": {n: 1 if args.single_view else math.prod(data[n].views) for n in weights},
             "random_within_percent": within,
         }
         found = comparison_object(entries, table, weights, about)

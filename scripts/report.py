@@ -5,11 +5,11 @@
     python scripts/report.py runs/vitl --clips 0        (leaves data and network alone)
 
 Writes RUN/report.html: curves, alphas, decisions with their margins, the front, the chosen
-architecture beside the largest, controls, scores, clips that it gets right and wrong, faults,
-configuration. A run that was killed, is still training or was never searched gives a page of what
-there is. Clips need a checkpoint and the data (--set vimnas.data.k400.root=... where they have
-moved); without, a word stands there. Costs a few seconds, and for the clips some batches of each
-dataset. Exit code 2: there is no run.
+architecture (the best on `select` of the searches scored alike) beside the largest, controls,
+scores, clips that it gets right and wrong, faults, configuration. A run that was killed, is still
+training or was never searched gives a page of what there is. Clips need a checkpoint and the data
+(--set vimnas.data.k400.root=... where they have moved); without, a word stands there. Costs a few
+seconds, and for the clips some batches of each dataset. Exit code 2: there is no run.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def clips_of(record: Record, args: argparse.Namespace) -> str:
     """The page's part with samples, or a word why there are none."""
     if not args.clips:
         return ""
-    name = record.chosen or "largest"
+    name = record.choice.name if record.choice else "largest"
     try:
         ranks = start_ranks(engine=False)
         run = open_run(record.files.root, ranks, args.set, args.clips)

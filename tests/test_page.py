@@ -21,6 +21,7 @@ from tests.conftest import ROOT
 from tests.small import small_config
 from vimnas_ds.config import ConfigError, parse_config
 from vimnas_ds.page.charts import Dot, Line, dot_chart, line_chart, tick_text
+from vimnas_ds.page.choice import Choice, choose
 from vimnas_ds.page.clips import Clip, contact_sheets, without_clips
 from vimnas_ds.page.document import build_page
 from vimnas_ds.page.record import read_record, thinned
@@ -115,9 +116,10 @@ def search(root: Path) -> Path:
     entries = [Entry("perturbation", "pick", PICK, evaluations=25)]
     entries += [Entry("random", "random", OTHER, "perturbation")]
     entries += [Entry("largest", "control", SPACE.largest())]
+    entries += [Entry("smallest", "control", SPACE.smallest())]
     table = {e.arch: {n: Measured(0.2 + i / 16, 0.9, 160, 180_000, 0.01) for n in NAMES}
              for i, e in enumerate(entries)}  # fmt: skip
-    about = {"split": "test", "checkpoint": "x"}
+    about = {"split": "test", "checkpoint": "x", "views": {"imagenet": 1, "k400": 12}}
     found = comparison_object(entries, table, dict.fromkeys(NAMES, 0.5), about)
     write(root / "compare" / "compare.json", found)
     per_class = {HOSTILE: {"count": 4, "top1": 0.25, "top5": 1.0}}
@@ -199,6 +201,7 @@ def expected_cells(root: Path) -> Iterator[tuple[str, str]]:
     yield "views:k400:largest:top1", "37.5%"
     yield "ranking:k400:tau", "0.71"
     yield "chosen", str(PICK)
+    yield "why", "perturbation's pick: the only search so far"
 
 
 # --- in a real browser ---
@@ -313,6 +316,44 @@ def test_a_killed_run_shows_its_curves_and_what_could_not_be_read(tmp_path: Path
         read_record(tmp_path)
 
 
+def test_a_pre_empted_run_says_why_and_how_it_goes_on(tmp_path: Path) -> None:
+    root = train(tmp_path / "run", 60)
+    stamp, first = "2026-05-06T07:08:09+00:00", "(first: a.mp4: cut)"
+    stop = f"rank 0 received SIGTERM: saved and stopped after step 63 {HOSTILE}"
+    ends = [stop, "another rank was asked to stop: saved and stopped after step 64",
+            "rank 1 died: process 5", "ranks [0, 1] have been in 'data' for 9 s"]  # fmt: skip
+    start = "k400: 4 classes; test 24, train 40"
+    lines = [f"imagenet: 4 classes; test 9; 3 unusable files left out {first}",
+             f"{start}; 12 unusable files left out {first}; 2 videos dropped", *ends,
+             "imagenet: 4 classes; test 9",
+             f"{start}; 1 listed files are not on disk (first: b); 15 unusable files left out (…)",
+             "saved step00000063: 3.4 MB"]  # fmt: skip
+    with (root / "train.log").open("a") as log:
+        log.writelines(f"{stamp}  {line}\n" for line in lines)
+    resume = "deepspeed scripts/train.py --set 'a=<b>' --resume"
+    status = {"state": "preempted", "step": 63, "reason": stop, "resume": resume}
+    write(root / "status.json", status)
+    text = make(root)
+    assert "<b>step 63</b><span>of 100 steps, pre-empted; last wrote" in text
+    cells = Reader(text).cells
+    assert cells["standing"] == f"Pre-empted: {stop}."
+    assert cells["resume"] == resume
+    faults = part(text, "faults-and-events")
+    name = "<dt>unusable files left out at the start</dt>"
+    assert f"{name}<dd>k400 15</dd>" in faults
+    events = Reader(faults.replace("<li>", '<li data-cell="event">')).cells["event"]
+    assert all(line in events for line in [*lines[:2], *ends, lines[7]])
+    assert "saved step" not in events
+
+    for state, said in (("failed", f"Failed: {stop}."), ("stopped", f"Stopped by itself: {stop}."),
+                        ("running", "Under way, or killed.")):  # fmt: skip
+        write(root / "status.json", {**status, "state": state})
+        cells = Reader(make(root)).cells
+        assert (cells["standing"], cells["resume"]) == (said, resume)
+    write(root / "summary.json", {"datasets": {}})
+    assert "standing" not in Reader(make(root)).cells
+
+
 def test_alphas_are_shown_for_every_decision(searched: tuple[Path, Path]) -> None:
     text = searched[1].read_text()
     part = text[text.index('id="alphas"') : text.index('id="decisions"')]
@@ -338,6 +379,127 @@ def test_a_layer_is_drawn_with_its_heads_and_its_mlp(searched: tuple[Path, Path]
     for layer, heads in enumerate(PICK.num_heads):
         ratio, hidden = PICK.mlp_ratio[layer], PICK.hidden_dim(layer)
         assert f"{heads}h  ×{ratio:g}  {hidden}" in drawn[0]
+
+
+def part(text: str, name: str) -> str:
+    """One section of a page."""
+    return text[text.index(f'<section id="{name}"') :].partition("</section>")[0]
+
+
+def test_scores_tell_of_how_many_views_they_are_and_bold_is_a_single_network(
+    searched: tuple[Path, Path], tmp_path: Path
+) -> None:
+    text = searched[1].read_text()
+    scores = part(text, "test-scores")
+    one = "One centre view of a sample, read at the end of the training"
+    assert f"{one} (those of Controls and Evaluation: as many as written there). Bold" in scores
+    assert "<th>loss</th>" in scores
+    views = "The mean of a sample&#x27;s views: 1 of imagenet, 12 of k400."
+    assert views in part(text, "controls")
+    assert "the mean of a sample&#x27;s views: 12 of k400 (clips" in part(text, "evaluation")
+
+    root = search(tmp_path / "run")
+    summary = json.loads((root / "summary.json").read_text())
+    tops = {"imagenet": 0.9, "k400": 0.43751}  # above the best single one; as high
+    for name, entry in summary["datasets"].items():  # as the demo writes them
+        for pick in entry["picks"].values():
+            del pick["loss"]
+        entry["picks"]["random"] = {"top1": tops[name], "params": 9.5, "gflops": 0.01, "k": 20}
+    write(root / "summary.json", summary)
+    scores = part(make(root), "test-scores")
+    assert "<th>loss</th>" not in scores
+    assert "Taken over from Controls, which says" in scores
+    assert "<th>k400: mean of 20 random ones</th>" in scores
+    comparison = json.loads((root / "compare" / "compare.json").read_text())
+    del comparison["views"]
+    write(root / "compare" / "compare.json", comparison)
+    assert "The file does not tell of how many views." in part(make(root), "controls")
+    bold = re.findall(r'data-cell="([^"]*)" class="best"', scores)
+    assert bold == ["test:imagenet:largest:top1", "test:k400:largest:top1"]
+
+
+def test_every_control_has_a_mark_of_its_own_and_the_legend_names_it(
+    searched: tuple[Path, Path],
+) -> None:
+    controls = part(searched[1].read_text(), "controls")
+    legend = controls[controls.index('<div class="legend">') :].partition("<table")[0]
+    named = re.findall(r'<polygon class="dot (.*?)" points.*?</svg>(.*?)</span>', legend)
+    assert named == [("n2 star", "perturbation; small dots: random ones of its size"),
+                     ("c7 up", "largest"), ("c7 down", "smallest")]  # fmt: skip
+    for mark, name in named:
+        at = rf'<polygon class="dot {mark}" points="([^"]*)" data-tip="{name.split(";")[0]}\n'
+        drawn = [
+            np.array([p.split(",") for p in c.split()], float) for c in re.findall(at, controls)
+        ]
+        assert len(drawn) == len(NAMES)
+        assert {len(c) for c in drawn} == {10 if mark == "n2 star" else 3}
+        top = drawn[0][0, 1] < drawn[0][:, 1].mean()  # y points down
+        assert top == (mark != "c7 down")
+
+
+def test_picks_without_test_scores_name_the_command_that_reads_them(
+    searched: tuple[Path, Path], tmp_path: Path
+) -> None:
+    scored = "the samples they were chosen on; their test scores are under Controls."
+    assert scored in part(searched[1].read_text(), "picks")
+    root = search(tmp_path / "my run")
+    command = f"python scripts/compare.py --checkpoint &#x27;{root}&#x27;</p>"
+    write(root / "evolution" / "result.json", result(0.5, SPACE.smallest()))  # a later one
+    assert f"test scores of evolution: {command}" in part(make(root), "picks")
+    (root / "compare" / "compare.json").unlink()
+    assert f"test scores of evolution, perturbation: {command}" in part(make(root), "picks")
+
+
+# --- the pick that the page is about ---
+
+
+def result(accuracy: float, arch: Arch = OTHER, **other: Any) -> dict[str, Any]:
+    scores = {"select_top1": accuracy, "count": 32, "params": 95_096}
+    found = {"selector": "x", "weights": "a", "arch": json.loads(arch.to_json()), "loss": 1.0,
+             "accuracy": accuracy, "objective": {"metric": "top1", "weights": {"k400": 1.0}},
+             "datasets": {"k400": scores}}  # fmt: skip
+    return {**found, **other}
+
+
+def test_the_best_of_the_searches_scored_alike_is_chosen_and_the_page_says_so(
+    tmp_path: Path,
+) -> None:
+    three = {"evolution": result(0.75), "front": result(0.5), "perturbation": result(0.25)}
+    best = "the highest top-1 on select (75.0%) of 3 searches"
+    assert choose(three) == Choice("evolution", best)
+    tied = choose({**three, "perturbation": result(0.75 + 1e-12)})
+    assert tied == Choice("perturbation", f"{best}, tied with evolution")
+    metric = {"objective": {"metric": "loss", "weights": {"k400": 1.0}}}
+    losses = {
+        "evolution": result(0.9, loss=1.25, **metric),
+        "mine": result(0.1, loss=0.5, **metric),
+    }
+    assert choose(losses) == Choice("mine", "the lowest loss on select (0.5000) of 2 searches")
+
+    fewer = {"k400": {"select_top1": 0.75, "count": 16, "params": 1}}
+    apart = "scored on other weights, samples or datasets, not compared: evolution"
+    for other in ({"weights": "b"}, {"datasets": fewer}, {"tune_steps": 5}, metric):
+        unlike = {**three, "evolution": result(0.75, **other)}
+        why = f"the highest top-1 on select (50.0%) of 2 searches; {apart}"
+        assert choose(unlike) == Choice("front", why)
+        del unlike["front"]
+        assert choose(unlike) == Choice(
+            "perturbation", f"no other search was scored alike; {apart}"
+        )
+    assert choose({}) is None
+
+    root = train(tmp_path / "run", 20)
+    for name, found in three.items():
+        arch = json.loads((PICK if name == "evolution" else OTHER).to_json())
+        write(root / name / "result.json", {**found, "arch": arch})
+    write(root / "broken" / "result.json", {"selector": "evolution"})
+    text = make(root)
+    cells = Reader(text).cells
+    assert cells["chosen"] == str(PICK)
+    assert cells["why"] == f"evolution's pick: {best}"
+    assert re.findall("<figcaption>(.*?)</figcaption>", text)[0] == "evolution, chosen"
+    assert "<span>chosen by evolution: parameters</span>" in text
+    assert "broken/result.json is left out: no arch, objective" in text
 
 
 # --- charts ---

@@ -25,6 +25,18 @@ SUBNETS = ("largest", "smallest", "perturbation", "front", "evolution")
 #: colours of each kind that the style defines
 COLOURS = {"c": 8, "n": 8, "q": 6}
 
+#: shapes with corners: the radius of each, and how far the first is turned from the top
+CORNERS: dict[str, tuple[list[float], float]] = {
+    "star": ([8, 3.4] * 5, 0),
+    "up": ([6] * 3, 0),
+    "down": ([6] * 3, math.pi),
+    "square": ([5.7] * 4, math.pi / 4),
+    "diamond": ([6] * 4, 0),
+    "cross": ([7, 2.6] * 4, math.pi / 4),
+    "plus": ([7, 2.6] * 4, 0),
+    "hexagon": ([5] * 6, 0),
+}
+
 Unit = Literal["", "%"]  # of an axis: plain numbers, or fractions as percent
 
 
@@ -47,7 +59,7 @@ class Dot:
     tip: str
     colour: str
     error: float = 0.0
-    shape: str = "dot"  #: dot, small, ring or star
+    shape: str = "dot"  #: dot, small, ring, or one of CORNERS
 
 
 def colour(kind: str, number: int) -> str:
@@ -191,15 +203,21 @@ def _dot(dot: Dot, frame: Frame) -> str:
         low, high = frame.y(dot.y - dot.error), frame.y(dot.y + dot.error)
         parts = f'<path class="bar {dot.colour}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
     tip = f' data-tip="{escape(dot.tip)}" tabindex="0" role="img" aria-label="{escape(dot.tip)}"'
-    if dot.shape == "star":
-        corners = " ".join(
-            f"{x + r * math.sin(i * math.pi / 5):.1f},{y - r * math.cos(i * math.pi / 5):.1f}"
-            for i, r in enumerate([8, 3.4] * 5)
+    return parts + _mark(dot.shape, dot.colour, x, y, tip)
+
+
+def _mark(shape: str, colour: str, x: float, y: float, extra: str = "") -> str:
+    kind = f'class="dot {colour} {shape}"'
+    if shape in CORNERS:
+        radii, turn = CORNERS[shape]
+        angles = [turn + 2 * math.pi * i / len(radii) for i in range(len(radii))]
+        points = " ".join(
+            f"{x + r * math.sin(a):.1f},{y - r * math.cos(a):.1f}"
+            for r, a in zip(radii, angles, strict=True)
         )
-        return f'{parts}<polygon class="dot {dot.colour} star" points="{corners}"{tip}/>'
-    radius = {"dot": 4.5, "small": 2.6, "ring": 6.5}[dot.shape]
-    place = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius}"'
-    return f'{parts}<circle class="dot {dot.colour} {dot.shape}" {place}{tip}/>'
+        return f'<polygon {kind} points="{points}"{extra}/>'
+    radius = {"dot": 4.5, "small": 2.6, "ring": 6.5}[shape]
+    return f'<circle {kind} cx="{x:.1f}" cy="{y:.1f}" r="{radius}"{extra}/>'
 
 
 def margin_bar(value: float, error: float, reach: tuple[float, float], doubtful: bool) -> str:
@@ -224,11 +242,21 @@ def margin_bar(value: float, error: float, reach: tuple[float, float], doubtful:
 
 
 def legend(names: Sequence[tuple[str, str]]) -> str:
-    """(name, CSS classes) of what a chart shows."""
+    """(name, CSS classes) of what a chart's lines show."""
+    return _legend([(name, f'<path class="line {kind}" d="M1 4H17"/>', 8) for name, kind in names])
+
+
+def mark_legend(names: Sequence[tuple[str, str, str]]) -> str:
+    """(name, colour, shape) of what a chart's points show."""
+    return _legend([(name, _mark(shape, kind, 9, 9), 18) for name, kind, shape in names])
+
+
+def _legend(names: Sequence[tuple[str, str, int]]) -> str:
+    """(name, drawing 18 wide, its height)."""
     marks = "".join(
-        f'<span><svg class="mark" viewBox="0 0 18 8" aria-hidden="true"><path class="line {kind}" '
-        f'd="M1 4H17"/></svg>{escape(name)}</span>'
-        for name, kind in names
+        f'<span><svg class="mark" style="height:{height}px" viewBox="0 0 18 {height}" '
+        f'aria-hidden="true">{drawing}</svg>{escape(name)}</span>'
+        for name, drawing, height in names
     )
     return f'<div class="legend">{marks}</div>'
 

@@ -34,7 +34,7 @@ def build_page(record: Record, clips: str, now: datetime) -> str:
         searches.evaluation,
         searches.ranking,
     ]
-    head = _part(training.headline, record)
+    head = _part(training.headline, record) + _part(training.standing, record)
     parts = [_part(make, record) for make in first]
     # the last two tell of what the others could not use
     parts += [clips, training.faults(record), training.configuration(record)]

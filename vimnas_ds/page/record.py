@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from vimnas_ds.config import ConfigError, RunConfig, load_config
+from vimnas_ds.page.choice import NEEDED, Choice, choose
 from vimnas_ds.train.run_files import RunFiles
 
 #: of a curve, at most; longer ones are averaged in equal parts
@@ -29,6 +30,7 @@ GUIDANCE = {"scalars": 0, "tensors": 0, "images": 1, "histograms": 1, "compresse
 #: lines of train.log that tell of something that went otherwise than planned
 EVENTS = re.compile(
     r"is unusable|was skipped|resumed from|^stopped|going back|given up|damaged|rewind|rewound"
+    r"|saved and stopped after|^ranks? [\d\[]|unusable files left out"
 )
 MOST_EVENTS = 40
 
@@ -52,6 +54,7 @@ class Record:
     labels: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
     summary: dict[str, Any] | None = None
+    status: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
     comparison: dict[str, Any] | None = None
     ranking: dict[str, Any] | None = None
@@ -80,16 +83,25 @@ class Record:
         return None
 
     @property
+    def left_out(self) -> dict[str, int]:
+        """Unusable files that the latest start left out of each dataset, by the log."""
+        counts = dict[str, int]()
+        for line in self.log:
+            if found := re.match(r"(\S+): \d+ classes; (.*)", line.partition("  ")[2]):
+                number = re.search(r"; (\d+) unusable files left out", found[2])
+                counts[found[1]] = int(number[1]) if number else 0
+        return counts
+
+    @property
     def events(self) -> list[str]:
         """The log's lines of faults, the latest of them."""
         lines = [line for line in self.log if EVENTS.search(line.partition("  ")[2])]
         return lines[-MOST_EVENTS:]
 
     @property
-    def chosen(self) -> str | None:
-        """The pick that the page is about: the method's own, else what there is."""
-        order = ("perturbation", "front", "evolution")
-        return next((n for n in (*order, *self.picks) if n in self.picks), None)
+    def choice(self) -> Choice | None:
+        """The pick that the page is about."""
+        return choose(self.picks)
 
     def by_tag(self, prefix: str) -> dict[str, Curve]:
         """Curves whose tag begins so, by the rest of it."""
@@ -108,6 +120,7 @@ def read_record(root: Path) -> Record:
         _json(files.labels, notes),
         _json(files.environment, notes),
         _json(files.summary, notes),
+        _json(files.status, notes),
         _json(root / "evaluation.json", notes),
         _json(root / "compare" / "compare.json", notes),
         _json(root / "ranking" / "ranking.json", notes),
@@ -116,7 +129,11 @@ def read_record(root: Path) -> Record:
     )
     for file in sorted(root.glob("*/result.json")):
         found = _json(file, notes)
-        if found is not None and "arch" in found and "selector" in found:
+        if found is None or "selector" not in found:
+            continue
+        if lacking := [key for key in NEEDED if key not in found]:
+            notes.append(f"{file.parent.name}/{file.name} is left out: no {', '.join(lacking)}")
+        else:
             record.picks[file.parent.name] = found
     if files.log.is_file():
         record.log = files.log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
 from vimnas_ds.page.architecture import draw_architecture
-from vimnas_ds.page.charts import Dot, dot_chart, legend, margin_bar, subnet_colour
+from vimnas_ds.page.charts import Dot, dot_chart, margin_bar, mark_legend, subnet_colour
 from vimnas_ds.page.markup import (
     Cell,
     escape,
@@ -30,6 +31,8 @@ from vimnas_ds.search.statistics import standard_error
 from vimnas_ds.space import Arch
 from vimnas_ds.train.dry_run import cost_of
 
+#: shapes of a comparison's controls, in its order; they come round again
+CONTROLS = ("up", "down", "square", "diamond", "cross", "plus", "hexagon")
 #: a class list's and a pair list's length
 LISTED = 6
 
@@ -38,12 +41,15 @@ def architectures(record: Record) -> str:
     """What the searches picked, drawn in the largest."""
     space = record.config.vimnas.search_space
     largest = space.largest()
-    if not record.picks:
+    choice = record.choice
+    if choice is None:
         note = "Nothing is chosen yet: scripts/perturb_select.py or scripts/evolve.py does."
         body = f"<p>{note}</p>" if space.size() > 1 else ""
         return section("Architecture", body + grid(_drawn(record, "largest", largest, largest)))
-    names = sorted(record.picks, key=lambda n: n != record.chosen)
-    drawn = [_drawn(record, n, Arch.from_json(record.picks[n]["arch"]), largest) for n in names]
+    names = sorted(record.picks, key=lambda n: n != choice.name)
+    titles = [f"{choice.name}, chosen", *names[1:]]
+    archs = [Arch.from_json(record.picks[n]["arch"]) for n in names]
+    drawn = [_drawn(record, t, a, largest) for t, a in zip(titles, archs, strict=True)]
     drawn.insert(1, _drawn(record, "largest", largest, largest))
     lead = "Layer by layer from the input; outlines: what the largest sub-network has besides."
     return section("Architecture", grid(*drawn), lead)
@@ -87,9 +93,9 @@ def decisions(record: Record) -> str:
         )
     unsure = sum(bool(d.note) for d in made)
     lead = (
-        f"{unit.title.capitalize()} each choice, in the order decided; framed: kept. Beside it the "
-        f"margin to the runner-up with one and two standard errors; {unsure} of {len(made)} within "
-        "the noise (hollow)."
+        f"Of perturbation. {unit.title.capitalize()} each choice, in the order decided; framed: "
+        "kept. Beside it the margin to the runner-up with one and two standard errors; "
+        f"{unsure} of {len(made)} within the noise (hollow)."
     )
     return section("Decisions", "".join(rows), lead)
 
@@ -143,9 +149,13 @@ def controls(record: Record) -> str:
     picks = [e["name"] for e in entries if e["role"] == "pick"]
     body = items([str(_verdict(v)) for v in found["verdicts"] if v["beats"] is not None])
     datasets = list(found["weights"])
-    figures = [figure(d, _dots(entries, d, f"top-1 on {found['split']}")) for d in datasets]
-    names = [(f"{n}: star; dots: random ones of its size", subnet_colour(n)) for n in picks]
-    body += grid(*figures) + legend([*names, ("controls", "c7")])
+    others = [e["name"] for e in entries if e["role"] == "control"]
+    shapes = {n: CONTROLS[i % len(CONTROLS)] for i, n in enumerate(others)}
+    y_name = f"top-1 on {found['split']}"
+    figures = [figure(d, _dots(entries, d, y_name, shapes)) for d in datasets]
+    marks = [(f"{n}; small dots: random ones of its size", subnet_colour(n), "star") for n in picks]
+    marks += [(n, "c7", shape) for n, shape in shapes.items()]
+    body += grid(*figures) + mark_legend(marks)
     rows: list[list[str | Cell]] = []
     for e in entries:
         if e["role"] == "random":
@@ -158,10 +168,19 @@ def controls(record: Record) -> str:
     lead = (
         f"Top-1 on {found['split']} of picks beside their controls; errors are one standard error."
     )
-    return section("Controls", body + table(head, rows), lead)
+    views = "The file does not tell of how many views."
+    if "views" in found:
+        views = f"The mean of a sample's views: {_listed(found['views'])}."
+    return section("Controls", body + table(head, rows), f"{lead} {views}")
 
 
-def _dots(entries: list[dict[str, Any]], dataset: str, y_name: str) -> str:
+def _listed(views: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} of {name}" for name, count in views.items())
+
+
+def _dots(
+    entries: list[dict[str, Any]], dataset: str, y_name: str, shapes: Mapping[str, str]
+) -> str:
     dots = []
     for e in sorted(entries, key=lambda e: ("random", "control", "pick").index(e["role"])):
         m = e["datasets"][dataset]
@@ -173,7 +192,7 @@ def _dots(entries: list[dict[str, Any]], dataset: str, y_name: str) -> str:
             mine = subnet_colour(e["name"])
             dot = Dot(m["params"], m["top1"], tip, mine, m["top1_se"], "star")
         else:
-            dot = Dot(m["params"], m["top1"], tip, "c7")
+            dot = Dot(m["params"], m["top1"], tip, "c7", shape=shapes[e["name"]])
         dots.append(dot)
     return dot_chart(dots, "parameters", y_name)
 
@@ -235,8 +254,10 @@ def evaluation(record: Record) -> str:
         if d["skipped"]
     ]
     body += items(left) if left else ""
+    views = {n: d["clips"] * d["crops"] for n, d in found["datasets"].items()}
     lead = (
-        f"On {found['split']}, all views of a sample averaged (clips placed {found['placement']})."
+        f"On {found['split']}, the mean of a sample's views: {_listed(views)} "
+        f"(clips placed {found['placement']})."
     )
     return section("Evaluation", body, lead)
 
@@ -314,5 +335,16 @@ def picks(record: Record) -> str:
         arch = str(Arch.from_json(found["arch"]))
         rows.append([*row, percent(found["accuracy"]), f"{found['loss']:.3f}", arch])
     head = ["search", *datasets, "mean", "loss", "sub-network"]
-    lead = "Top-1 on select, the samples they were chosen on; their test scores are under Controls."
+    compared = (
+        record.comparison if record.comparison and record.comparison["split"] == "test" else {}
+    )
+    tested = [e["arch"] for e in compared.get("entries", []) if e["role"] == "pick"]
+    lead = "Top-1 on select, the samples they were chosen on; "
+    if untested := [name for name, found in record.picks.items() if found["arch"] not in tested]:
+        root = shlex.quote(str(record.files.root))
+        lead += (
+            f"test scores of {', '.join(untested)}: python scripts/compare.py --checkpoint {root}"
+        )
+    else:
+        lead += "their test scores are under Controls."
     return section("Picks", table(head, rows), lead)

@@ -25,6 +25,9 @@ from vimnas_ds.space import Arch
 from vimnas_ds.train.circumstances import PACKAGES
 from vimnas_ds.train.run_files import config_object
 
+#: states of status.json in which a run has ended without being finished
+ENDED = {"preempted": "pre-empted", "stopped": "stopped by itself", "failed": "failed"}
+
 
 def headline(record: Record) -> str:
     """Name, what it is, how far it is, and the numbers that one asks for first."""
@@ -40,18 +43,23 @@ def headline(record: Record) -> str:
         if last:
             mean = sum(last) / len(last)
             tiles.append((f"{name}: top-1 on select, latest, mean of datasets", percent(mean)))
-    if record.chosen is not None:
-        pick = record.picks[record.chosen]
+    choice = record.choice
+    if choice is not None:
+        pick = record.picks[choice.name]
         most = max(d["params"] for d in pick["datasets"].values())
-        tiles.append((f"chosen by {record.chosen}: parameters", large(most)))
+        tiles.append((f"chosen by {choice.name}: parameters", large(most)))
         tiles.append(("its top-1 on select, mean", percent(pick["accuracy"])))
     cells = "".join(f"<div><b>{escape(v)}</b><span>{escape(k)}</span></div>" for k, v in tiles)
     about = record.config.about.partition(" Command:")[0]
     chosen = ""
-    if record.chosen is not None:
-        arch = Arch.from_json(record.picks[record.chosen]["arch"])
+    if choice is not None:
+        arch = Arch.from_json(record.picks[choice.name]["arch"])
         words = f"depth {arch.depth}, width {arch.embed_dim}, per layer heads and MLP ratios"
-        chosen = f'<p>Chosen: <b data-cell="chosen" title="{words}">{escape(arch)}</b></p>'
+        why = escape(f"{choice.name}'s pick: {choice.why}")
+        chosen = (
+            f'<p>Chosen: <b data-cell="chosen" title="{words}">{escape(arch)}</b>, '
+            f'<span data-cell="why">{why}</span></p>'
+        )
     return (
         f"<h1>{escape(record.name)}</h1>"
         f'<p class="about">{escape(about)}</p>{chosen}<div class="tiles">{cells}</div>'
@@ -67,7 +75,29 @@ def _state_tile(record: Record) -> tuple[str, str]:
         return "begun, no step logged yet", "begun"
     done, total = record.progress
     when = record.log[-1].partition("  ")[0][:16].replace("T", " ")
-    return f"of {total:,} steps, not finished; last wrote {when}", f"step {done:,}"
+    if record.status is not None:
+        done = max(done, record.status["step"])
+    return f"of {total:,} steps, {_state(record)}; last wrote {when}", f"step {done:,}"
+
+
+def _state(record: Record) -> str:
+    state = "" if record.status is None else record.status["state"]
+    return ENDED.get(state, "not finished")
+
+
+def standing(record: Record) -> str:
+    """Why a run that is not finished stands still, and what continues it."""
+    found = record.status
+    if found is None or record.summary is not None:
+        return ""
+    said = f"{_state(record)}: {found['reason']}."
+    if found["state"] not in ENDED:
+        said = "Under way, or killed."
+    command = f'<pre class="wrapped" data-cell="resume">{escape(found["resume"])}</pre>'
+    return (
+        f'<p data-cell="standing">{escape(said[0].upper() + said[1:])}</p>'
+        f"<p>To continue it:</p>{command}"
+    )
 
 
 def curves(record: Record) -> str:
@@ -159,18 +189,25 @@ def test_scores(record: Record) -> str:
     if record.summary is None:
         note = "The run has not finished: the test splits are read once, at its end."
         return section("Test scores", f"<p>{note}</p>")
+    datasets = record.summary.get("datasets", {})
+    if not datasets:
+        note = "The run was told not to read the test splits."
+        return section("Test scores", f"<p>{note}</p>")
+    at_end = any("loss" in p for entry in datasets.values() for p in entry["picks"].values())
     rows: list[list[str | Cell]] = []
-    for name, entry in record.summary.get("datasets", {}).items():
-        best = max((p["top1"] for p in entry["picks"].values()), default=0)
+    for name, entry in datasets.items():
+        best = max((p["top1"] for p in entry["picks"].values() if "k" not in p), default=0)
         for pick, found in entry["picks"].items():
             key = f"test:{name}:{pick}"
-            tone = "best" if found["top1"] == best else ""
+            tone = "best" if found["top1"] == best and "k" not in found else ""
+            label = f"mean of {found['k']} random ones" if "k" in found else pick
+            loss = [f"{found['loss']:.3f}" if "loss" in found else "-"] if at_end else []
             rows.append(
                 [
-                    f"{name}: {pick}",
+                    f"{name}: {label}",
                     Cell(percent(found["top1"]), f"{key}:top1", tone),
                     percent(found.get("top5")),
-                    f"{found['loss']:.3f}" if "loss" in found else "-",
+                    *loss,
                     percent(entry["chance"]),
                     Cell(f"{found['params']:,.0f}", f"{key}:params"),
                     f"{found['gflops']:.4g}",
@@ -181,14 +218,23 @@ def test_scores(record: Record) -> str:
         "dataset: sub-network",
         "top-1",
         "top-5",
-        "loss",
+        *(["loss"] if at_end else []),
         "chance",
         "parameters",
         "GFLOPs",
         "samples",
     ]
-    body = table(head, rows) if rows else "<p>The run was told not to read the test splits.</p>"
-    return section("Test scores", body, "GFLOPs: 1e9 multiply-accumulates per input.")
+    how = "One centre view of a sample, read at the end of the training"
+    others = {"Controls": record.comparison, "Evaluation": record.evaluation}
+    if not at_end:
+        how = "Taken over from Controls, which says of how many views of a sample"
+    elif told := [name for name, found in others.items() if found]:
+        how += f" (those of {' and '.join(told)}: as many as written there)"
+    lead = (
+        f"{how}. Bold: the best single one of its dataset. GFLOPs: 1e9 multiply-accumulates per "
+        "input."
+    )
+    return section("Test scores", table(head, rows), lead)
 
 
 def faults(record: Record) -> str:
@@ -208,6 +254,7 @@ def faults(record: Record) -> str:
         ("skipped steps (non-finite)", "-" if skipped is None else f"{skipped:,}"),
         ("samples replaced", _counted(replaced)),
         ("why", ", ".join(f"{r} {n:,}" for r, n in reasons.most_common()) or "-"),
+        ("unusable files left out at the start", _counted(record.left_out)),
         ("files left out of the scores", _counted(found.get("files_left_out", {}))),
         ("batches decoded slowly", _counted(found.get("slow_batches", {}))),
     ]

@@ -1,0 +1,60 @@
+"""Which search's pick a page is about, and why: the best on `select` of those scored alike.
+
+Scores of other weights, samples or objectives do not compare; then the method's own search goes
+first, and the others are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vimnas_ds.page.markup import percent
+
+#: of searches whose picks are equally good
+ORDER = ("perturbation", "front", "evolution")
+#: what a result.json must hold to be shown
+NEEDED = ("selector", "arch", "objective", "accuracy", "loss", "datasets")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A search's name, and a sentence's part: why its pick."""
+
+    name: str
+    why: str
+
+
+def choose(picks: Mapping[str, Mapping[str, Any]]) -> Choice | None:
+    """Of result.json by search; None without any."""
+    names = sorted(picks, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+    if not names:
+        return None
+    first = names[0]
+    if len(names) == 1:
+        return Choice(first, "the only search so far")
+    by_loss = picks[first]["objective"]["metric"] == "loss"
+    scores = {
+        n: round(-picks[n]["loss"] if by_loss else picks[n]["accuracy"], 9)
+        for n in names
+        if _terms(picks[n]) == _terms(picks[first])
+    }
+    best = max(scores, key=lambda n: scores[n])
+    why = "no other search was scored alike"
+    if len(scores) > 1:
+        what = "lowest loss" if by_loss else "highest top-1"
+        score = f"{-scores[best]:.4f}" if by_loss else percent(scores[best])
+        why = f"the {what} on select ({score}) of {len(scores)} searches"
+        if tied := [n for n in scores if n != best and scores[n] == scores[best]]:
+            why += f", tied with {' and '.join(tied)}"
+    if apart := [n for n in names if n not in scores]:
+        why += f"; scored on other weights, samples or datasets, not compared: {', '.join(apart)}"
+    return Choice(best, why)
+
+
+def _terms(pick: Mapping[str, Any]) -> tuple[object, ...]:
+    """What has to be equal for two picks' scores to compare."""
+    counts = {name: found["count"] for name, found in pick["datasets"].items()}
+    weights = pick.get("weights", pick.get("checkpoint"))
+    return pick["objective"], counts, weights, pick.get("ema"), pick.get("tune_steps") or 0
