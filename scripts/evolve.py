@@ -36,6 +36,7 @@ from vimnas_ds.search.cli import (
 )
 from vimnas_ds.search.evolve import Evolution, EvolutionOptions, Generation
 from vimnas_ds.search.front import (
+    accuracy_error,
     draw_front,
     front_object,
     front_table,
@@ -147,7 +148,9 @@ def search(args: argparse.Namespace) -> int:
             print(front_table(front))
         which = "best" if against is None else f"picked ({asked})"
         print(f"{which} of {len(scorer.scores)}: {best}")
-        print(f"mean top-1 on select {scorer.scores[best].accuracy:.1%}; written to {folder}")
+        score = scorer.scores[best]
+        shown = f"{score.accuracy:.1%} +- {accuracy_error(score):.1%}"
+        print(f"mean top-1 on select {shown}; written to {folder}")
         say_left_out(run.left_out())
     run.close()
     return 0

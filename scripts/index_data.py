@@ -11,7 +11,8 @@ r"""Index a dataset: probe every file once, so that training knows what it can r
 Annotations are recognised by their content (--layout decides otherwise) and lie relative to the
 root. The dataset's other settings come from --deepspeed_config. Writes INDEX_DIR/DATASET.parquet
 and DATASET.report.json, prints the report and warns of what training will refuse. May be killed and
-started again at any time: it goes on where it was. Costs about 0.1 CPU-seconds for a 10 s video,
+started again at any time: it goes on where it was. A trial (--limit) never replaces a finished
+index. Costs about 0.1 CPU-seconds for a 10 s video,
 0.2 ms for an image (header only).
 Exit codes: 0 done, 2 the data or the configuration cannot be used.
 """
@@ -33,7 +34,13 @@ from vimnas_ds.config import (
     load_config,
     override_value,
 )
-from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyUnusable, are_too_many
+from vimnas_ds.data.bad import (
+    MIN_SEEN,
+    BadAnnotations,
+    DataMissing,
+    TooManyUnusable,
+    are_too_many,
+)
 from vimnas_ds.data.index_build import build_index, locked
 from vimnas_ds.data.index_file import read_header
 from vimnas_ds.data.probe_pool import ProbeLimits
@@ -133,6 +140,11 @@ def main(argv: list[str] | None = None) -> int:
         name, section, file, max_bad_share = choose(args)
         limits = ProbeLimits(args.workers or cores_per_process(1), args.timeout, args.thorough)
         with locked(file):
+            if args.limit is not None and file.exists() and read_header(file).limit is None:
+                raise ConfigError(
+                    f"{file} is a finished index, a trial (--limit) would replace it: --index_dir "
+                    "DIR puts the trial elsewhere"
+                )
             built = build_index(name, section, file, limits, args.limit, args.recheck)
         report = summarise(built, section)
         file.with_suffix(".report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -147,6 +159,11 @@ def main(argv: list[str] | None = None) -> int:
     if are_too_many(len(unusable), seen, max_bad_share):
         warning = TooManyUnusable(name, unusable, seen, max_bad_share, file)
         print(f"warning: training will refuse this:\n{warning}", file=sys.stderr)
+    elif len(unusable) > max_bad_share * seen:
+        share = f"{len(unusable)} of {seen} files are unusable, more than {max_bad_share:.0%}"
+        print(
+            f"warning: {share}; of fewer than {MIN_SEEN} training takes the rest", file=sys.stderr
+        )
     print(f"written to {file} ({file.stat().st_size:,} bytes)")
     return 0
 

@@ -74,8 +74,8 @@ def build(args: argparse.Namespace) -> tuple[Plan, str]:
     if args.network <= 0 or args.reserve < 0:
         raise ConfigError("--network must be positive and --reserve at least 0")
     config = load_config(args.deepspeed_config, args.set)
-    _, sizes, notes = find_data(config)
-    unknown = [name for name, size in sizes.items() if not size]
+    data = find_data(config)
+    unknown = [name for name, size in data.sizes.items() if not size]
     if unknown:
         keys = ", ".join(f"vimnas.data.{name}.root" for name in unknown)
         raise ConfigError(f"the sizes of {unknown} are unknown: set {keys} (or reference_files)")
@@ -88,9 +88,9 @@ def build(args: argparse.Namespace) -> tuple[Plan, str]:
         args.reserve * 1e9,
         READY_ON_GPU,
     )
-    plan = Plan(config, model_layout(config), sizes, where)
+    plan = Plan(config, model_layout(config), data.sizes, where)
     _ = plan.micro  # the recipe's batch must be shared evenly
-    return plan, notes
+    return plan, data.notes
 
 
 def main(argv: list[str] | None = None) -> int:

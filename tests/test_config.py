@@ -119,6 +119,9 @@ def test_dry_run_says_what_would_run_and_missing_data_ends_a_run_with_code_2(tmp
         "vimnas.data.ssv2.root",
     ):
         assert words in done.stdout
+    last = done.stdout.rpartition("\n\n")[2].splitlines()
+    assert last[0] == "it would not start, with data missing:"
+    assert [line.partition(":")[0] for line in last[1:]] == ["imagenet", "k400", "k600", "ssv2"]
     done = run_train("--deepspeed_config", config, "--set", here)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

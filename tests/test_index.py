@@ -453,6 +453,41 @@ def test_two_processes_at_once_build_one_index(tmp_path: Path) -> None:
 # -- training reads it ------------------------------------------------------------------------
 
 
+def test_a_trial_never_replaces_a_finished_index(tmp_path: Path, capsys: Any) -> None:
+    dataset = pictures(tmp_path / "data", train=8)
+    (tmp_path / "data/train/a/bad.jpg").write_text("text")
+    config = json.loads((ROOT / "ds_configs" / "weizmann_cifar10.json").read_text())
+    config["vimnas"]["data"]["datasets"]["cifar10"].update(
+        root=str(dataset.root), test_split="val", num_classes=2
+    )
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    command = ["--deepspeed_config", str(file), "--dataset", "cifar10", "--workers", "1"]
+    command += ["--index_dir", str(tmp_path / "indexes")]
+    assert index_data.main(command) == 0
+    assert "warning: 1 of 11 files are unusable, more than 5%" in capsys.readouterr().err
+    index = tmp_path / "indexes" / "cifar10.parquet"
+    whole = index.read_bytes()
+    assert index_data.main([*command, "--limit", "3"]) == 2
+    assert f"{index} is a finished index" in capsys.readouterr().err
+    assert index.read_bytes() == whole
+
+
+def test_what_is_likely_not_meant_is_said(tmp_path: Path) -> None:
+    def doubts(train: int, classes: int) -> list[str]:
+        name = f"of{train}_{classes}"
+        dataset = pictures(tmp_path / name, train).model_copy(update={"num_classes": classes})
+        data = open_datasets(joint(dataset, tmp_path, name))
+        assert (len(data.splits[name]["select"]) < 30) == (train < 200)
+        return data.doubts()
+
+    assert doubts(240, 2) == []
+    (few,) = doubts(40, 2)
+    assert "samples: scores on them mean little" in few
+    (more,) = doubts(240, 5)
+    assert "2 classes found, vimnas.data.of240_5.num_classes is 5: 3 of its head" in more
+
+
 def test_unusable_files_never_reach_a_split_and_are_counted(tmp_path: Path) -> None:
     dataset = pictures(tmp_path / "data", train=8)
     (tmp_path / "data/train/a/bad.jpg").write_text("text")

@@ -22,6 +22,9 @@ from vimnas_ds.data.loader import EvalLoader, TrainLoader
 from vimnas_ds.data.readers import Readers
 from vimnas_ds.data.splits import Splits, drop_overlap, split_catalog, with_bare_ids
 
+#: samples of a select split of which a score says little: its standard error is up to 9 points
+FEW = 30
+
 
 @dataclass(frozen=True)
 class JointData:
@@ -68,6 +71,24 @@ class JointData:
                 line += f"; {self.dropped[name]} videos dropped: held out or tested on elsewhere"
             lines.append(line)
         return lines
+
+    def doubts(self) -> list[str]:
+        """What is likely not meant, in words."""
+        found = []
+        for name, catalog in self.catalogs.items():
+            count = len(self.splits[name]["select"])
+            if count < FEW:
+                found.append(
+                    f"{name}: select has {count} samples: scores on them mean little (more files, "
+                    "or a larger vimnas.data.held_out)"
+                )
+            classes, heads = len(catalog.class_names), self.section.datasets[name].num_classes
+            if heads > classes:
+                found.append(
+                    f"{name}: {classes} classes found, vimnas.data.{name}.num_classes is {heads}: "
+                    f"{heads - classes} of its head are never right"
+                )
+        return found
 
 
 def open_datasets(

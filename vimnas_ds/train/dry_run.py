@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.cost import Layout, count_macs, count_params
 from vimnas_ds.data.bad import DataMissing
 from vimnas_ds.data.catalog import scan_dataset
-from vimnas_ds.data.joint import JointData, open_datasets
+from vimnas_ds.data.joint import open_datasets
 from vimnas_ds.report.table import format_table
 from vimnas_ds.space import Arch
 from vimnas_ds.train.schedule import Schedule
@@ -33,8 +35,12 @@ def cost_of(config: RunConfig, arch: Arch, dataset: str) -> tuple[int, float]:
 def describe_run(config: RunConfig, world_size: int) -> str:
     """Space, costs, batch arithmetic, schedule, data found and missing."""
     sections = [_space(config), _batches(config, world_size)]
-    data, sizes, notes = find_data(config)
-    return "\n\n".join([config.about, *sections, data, _schedule(config, sizes, notes)])
+    data = find_data(config)
+    sections += ["data\n" + "\n".join(f"  {line}" for line in data.lines)]
+    sections += [_schedule(config, data.sizes, data.notes)]
+    if data.missing:
+        sections += ["\n".join(["it would not start, with data missing:", *data.missing])]
+    return "\n\n".join([config.about, *sections])
 
 
 def _space(config: RunConfig) -> str:
@@ -66,11 +72,20 @@ def _batches(config: RunConfig, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def find_data(config: RunConfig) -> tuple[str, dict[str, int], str]:
-    """What is there in words, training files per dataset, and a note where they are not counted but
-    taken from `reference_files`."""
+class Found(NamedTuple):
+    """What is there in words, training files per dataset, what is missing, and a note where files
+    are not counted but taken from `reference_files`."""
+
+    lines: list[str]
+    sizes: dict[str, int]
+    missing: list[str]
+    notes: str
+
+
+def find_data(config: RunConfig) -> Found:
+    """Look for the datasets, without building an index."""
     section = config.vimnas.data
-    lines, sizes, notes = [], {}, ""
+    lines, sizes, missing = list[str](), dict[str, int](), list[str]()
     for name, data in section.datasets.items():
         try:
             catalog = scan_dataset(name, data)
@@ -79,19 +94,18 @@ def find_data(config: RunConfig) -> tuple[str, dict[str, int], str]:
             tests = f" and {data.reference_test_files:,}" if data.reference_test_files else ""
             reference = f", {public:,}{tests} in the public copy" if public else ""
             lines.append(
-                f"  {name}: found {len(catalog.train):,} training and {len(catalog.test):,} test "
+                f"{name}: found {len(catalog.train):,} training and {len(catalog.test):,} test "
                 f"files, {catalog.missing:,} listed but missing"
                 f"{reference}"
             )
         except DataMissing as err:
-            lines.append(f"  missing: {err}")
+            missing.append(str(err))
             sizes[name] = round((data.reference_files or 0) * (1 - section.held_out))
-            notes = " (missing sets counted at the size of their public copies)"
-    if not notes:
-        found: JointData = open_datasets(section, build=False)
-        lines = [f"  {line}" for line in found.describe()]
-        sizes = found.sizes
-    return "data\n" + "\n".join(lines), sizes, notes
+    if missing:
+        notes = " (missing sets counted at the size of their public copies)"
+        return Found([*lines, *(f"missing: {one}" for one in missing)], sizes, missing, notes)
+    opened = open_datasets(section, build=False)
+    return Found([*opened.describe(), *opened.doubts()], opened.sizes, [], "")
 
 
 def _schedule(config: RunConfig, sizes: dict[str, int], notes: str) -> str:

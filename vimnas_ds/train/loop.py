@@ -275,7 +275,7 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         section, total = self.section, self.schedule.total_steps
         log = section.log
-        for line in self.data.describe():
+        for line in (*self.data.describe(), *self.data.doubts()):
             self.console.say(line)
         self.console.say(
             f"{total} steps, {self.ranks.world_size} ranks x {self.micro_batch} samples, "
