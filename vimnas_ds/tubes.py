@@ -30,8 +30,8 @@ class Tube:
         if min(counts) < 1:
             raise ValueError(
                 f"tube {self} does not fit an input of {size} (frames, height, width): "
-                "set vimnas.tokens.tubes with smaller kernels and offsets (as for 32 pixels in "
-                "ds_configs/weizmann_cifar10.json), or a larger input"
+                "use smaller kernels and offsets (as ds_configs/weizmann_cifar10.json for 32 "
+                "pixels), or a larger input"
             )
         return counts[0], counts[1], counts[2]
 
