@@ -150,7 +150,7 @@ VALUES: list[tuple[Any, ...]] = [
     ("vimnas.tokens.tubes", [], "one at least"),
     ("vimnas.tokens.tubes", [{**TUBES[0], "kernel": [4, 8]}], "kernel: value 3 is missing"),
     ("vimnas.tokens.tubes", [{**TUBES[0], "stride": [0, 8, 8]}], "stride must be positive"),
-    ("vimnas.tokens.tubes", [{**TUBES[0], "kernel": [4, 64, 64]}], "use a smaller kernel"),
+    ("vimnas.tokens.tubes", [{**TUBES[0], "kernel": [4, 64, 64]}], "use smaller kernels"),
     (f"{VIDEO}.frames", 2, "does not fit an input of (2, 32, 32)", "or a larger input"),
     (f"{VIDEO}.frames", GONE, "a video dataset needs frames and fps"),
     (f"{VIDEO}.layout", "kinetics", "needs annotations: the CSV"),
