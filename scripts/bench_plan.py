@@ -3,9 +3,9 @@ r"""The memory model of scripts/plan.py against the peak of real training steps 
     python scripts/bench_plan.py                 (about two minutes, below 1.5 GiB)
     python scripts/bench_plan.py --case vit_s 8 0
 
-Each case is a fresh process: one step of a space's largest sub-network in float32 (forward,
-backward, the sampled AdamW), after a small one that loads the libraries. Measured is the growth of
-the process's highest resident size; freed tensors go back to the kernel at once
+Each case is a fresh process: one step of a space's largest sub-network, or of a sandwich, in
+float32 (forward, backward, the sampled AdamW), after a small one that loads the libraries. Measured
+is the growth of the process's highest resident size; freed tensors go back to the kernel at once
 (MALLOC_MMAP_THRESHOLD_), so that it is the peak of live tensors. One constant, what the process
 takes besides, is fitted on three cases; the others are predicted with it.
 
@@ -32,7 +32,7 @@ from vimnas_ds.layout import Activation, ParamGrids
 from vimnas_ds.model.alphas import Alphas
 from vimnas_ds.model.block import ModelOptions
 from vimnas_ds.model.supernet import Supernet
-from vimnas_ds.space import SPACES, SearchSpace
+from vimnas_ds.space import SPACES, Arch, SearchSpace
 from vimnas_ds.train.optimizer import SampledAdamW
 from vimnas_ds.training_memory import Activations, layer_params, supernet_params
 from vimnas_ds.tubes import TUBEVIT
@@ -42,7 +42,7 @@ CLASSES, SIZE, MIB, GOAL = {"data": 1000}, 224, 2**20, 1.10
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: `frames` 0 for images; `kind` weights, checkpointing or alpha."""
+    """What is trained: `frames` 0 for images; `kind` weights, checkpointing, sandwich or alpha."""
 
     space: str
     batch: int
@@ -59,6 +59,8 @@ class Case:
             return states + step.alpha_peak(space)
         grads = [4.0 * layer_params(space, i, layout) for i in range(space.max_depth)]
         grads.append(4.0 * CLASSES["data"] * space.max_embed_dim)
+        if self.kind == "sandwich":
+            return states + step.sandwich_peak(sandwich(space), grads)
         return states + step.weight_peak(space.largest(), lambda i: (grads[i], grads[i]))
 
     def measured(self, runs: int, threads: int) -> float:
@@ -83,7 +85,13 @@ CHECKED = (
     Case("vit_s", 6, 0),
     Case("vit_s", 2, 64, "checkpointing"),
     Case("vit_s", 2, 32, "alpha"),
+    Case("vit_t", 8, 0, "sandwich"),
 )
+
+
+def sandwich(space: SearchSpace) -> tuple[Arch, ...]:
+    """The largest, the smallest, and the largest once more in the place of a drawn one."""
+    return space.largest(), space.smallest(), space.largest()
 
 
 def steps(space: SearchSpace, batch: int, frames: int, kind: str) -> None:
@@ -99,9 +107,10 @@ def steps(space: SearchSpace, batch: int, frames: int, kind: str) -> None:
         loss = F.cross_entropy(net.superposed(x, alphas.probabilities(), "data"), y)
         torch.autograd.grad(loss, list(alphas))
         return
-    arch = space.largest()
-    F.cross_entropy(net(x, arch, "data"), y).backward()
-    optimizer.activate(Activation((arch,), "data", not frames), 1e-3, 0.05)
+    archs = sandwich(space) if kind == "sandwich" else (space.largest(),)
+    logits = net(x, archs if kind == "sandwich" else archs[0], "data").view(-1, CLASSES["data"])
+    F.cross_entropy(logits, y.repeat(len(archs))).backward()
+    optimizer.activate(Activation(archs, "data", not frames), 1e-3, 0.05)
     optimizer.step()
 
 

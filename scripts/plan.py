@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def build(args: argparse.Namespace) -> tuple[Plan, str]:
     """The plan, and a note on the datasets' sizes. Raises ConfigError."""
-    if args.network <= 0 or args.reserve < 0:
-        raise ConfigError("--network must be positive and --reserve at least 0")
+    if not (0 < args.network < math.inf and 0 <= args.reserve < math.inf):
+        raise ConfigError("--network must be positive and --reserve at least 0, both finite")
     config = load_config(args.deepspeed_config, args.set)
     data = find_data(config)
     unknown = [name for name, size in data.sizes.items() if not size]
@@ -97,13 +98,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         plan, notes = build(args)
+        if args.json is not None:
+            found: dict[str, Any] = numbers(plan)
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_text(args.json, json.dumps(found, indent=2))
     except (ConfigError, DataMissing, BadAnnotations, OSError) as err:
         print(f"cannot plan:\n{err}", file=sys.stderr)
         return 2
     print(describe(plan, notes))
-    if args.json is not None:
-        found: dict[str, Any] = numbers(plan)
-        write_text(args.json, json.dumps(found, indent=2))
     return 0
 
 

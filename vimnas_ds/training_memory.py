@@ -20,16 +20,20 @@ and the layer's own weight gradients, which are of full size. In a process witho
 gradients stay until the update; under ZeRO-2 they go into buckets and this rank's flat share:
 
     weights      s P         masters 4 P/W        moments 8 P/W        gradients 4 P/W
+    moving average (vimnas.ema) 4 P/W
     buckets      s x reduce_bucket_size, twice with overlap_comm; the all-gather writes in place
 
 with s bytes an activation's number (2 in bf16), P parameters and W processes. In float32 gradients
 are flattened once more for the update. What kernels use inside is left out.
+
+A sandwich has one loss of several passes, which all keep theirs until backward comes to them, the
+last pass first; a weight's gradient waits until all passes have added to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vimnas_ds.cost import Layout, count_params
@@ -67,6 +71,12 @@ def layer_params(space: SearchSpace, layer: int, layout: Layout) -> int:
     one = Arch(arch.embed_dim, 1, arch.num_heads[layer : layer + 1], arch.mlp_ratio[layer:][:1])
     none = Arch(arch.embed_dim, 0, (), ())
     return count_params(one, 1, layout) - count_params(none, 1, layout)
+
+
+def _layers(arch: Arch) -> list[tuple[int, int, int]]:
+    """(embed_dim, num_heads, hidden_dim) of each."""
+    hidden = map(arch.hidden_dim, range(arch.depth))
+    return [(arch.embed_dim, h, f) for h, f in zip(arch.num_heads, hidden, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,15 @@ class Activations:
     def _input(self, e: float) -> float:
         return self.rows * e * self.element
 
+    def held(self, arch: Arch) -> float:
+        """Kept for backward by one pass of `arch`, as `kept`."""
+        return self.patches() + self._input(arch.embed_dim) + sum(self._held_layers(arch))
+
+    def _held_layers(self, arch: Arch) -> list[float]:
+        if self.checkpointing:
+            return [self._input(arch.embed_dim)] * arch.depth
+        return [self.layer(*one) for one in _layers(arch)]
+
     def weight_peak(self, arch: Arch, gradients: Callable[[int], tuple[float, float]]) -> float:
         """Most that a weight step of `arch` holds beside weights and states.
 
@@ -138,32 +157,39 @@ class Activations:
             gradients: of a layer, bytes of its own weight gradients, and of those that stay once
                 backward has left it; layer `depth` stands for the head.
         """
-        e, depth = arch.embed_dim, arch.depth
-        kept = self.patches() + self._input(e)  # the last norm's input
-        layers = []
-        for h, hidden in zip(arch.num_heads, map(arch.hidden_dim, range(depth)), strict=True):
-            layers.append((self.layer(e, h, hidden), self.transient(e, h, hidden)))
-        held = [self._input(e)] * depth if self.checkpointing else [k for k, _ in layers]
-        kept += sum(held)
-        peak, stay = kept, gradients(depth)[1]
-        for index in reversed(range(depth)):
-            whole, transient = layers[index]
-            again = whole - self._input(e) if self.checkpointing else 0.0
+        kept, held = self.held(arch), self._held_layers(arch)  # the last norm's input included
+        peak, stay = kept, gradients(arch.depth)[1]
+        for index, one in reversed([*enumerate(_layers(arch))]):
+            again = self.layer(*one) - self._input(arch.embed_dim) if self.checkpointing else 0.0
             own, left = gradients(index)
-            peak = max(peak, kept + again + transient + stay + own)
+            peak = max(peak, kept + again + self.transient(*one) + stay + own)
             kept -= held[index]
             stay += left
         return max(peak, kept + stay)
+
+    def sandwich_peak(self, archs: Sequence[Arch], gradients: Sequence[float]) -> float:
+        """`weight_peak` of a step with several passes, `archs` in the order of their forward.
+
+        Args:
+            gradients: bytes of each layer's weight gradients, the head's last. From the second
+                pass of backward on all are counted, though the last one lets go of them in turn.
+        """
+        peak = waiting = 0.0
+        for number, arch in reversed([*enumerate(archs)]):
+            own = [*gradients[: arch.depth], gradients[-1]]
+            stay = [0.0] * len(own) if waiting else own
+            here = self.weight_peak(arch, list(zip(own, stay, strict=True)).__getitem__)
+            earlier = sum(self.held(one) for one in archs[:number])
+            peak = max(peak, earlier + waiting + here)
+            waiting = sum(gradients)
+        return peak
 
     def alpha_peak(self, space: SearchSpace) -> float:
         """Most that an alpha step holds beside weights and states: full width, float32 mixture of
         the depths' ends."""
         arch = space.largest()
         e = arch.embed_dim
-        layers = [
-            (self.superposed_layer(e, h, f), self.transient(e, h, f))
-            for h, f in zip(arch.num_heads, map(arch.hidden_dim, range(arch.depth)), strict=True)
-        ]
+        layers = [(self.superposed_layer(*one), self.transient(*one)) for one in _layers(arch)]
         ends = 4 * self.rows * e * (1 + (len(space.depth) if self.element != 4 else 1))
         if self.checkpointing:
             return arch.depth * self._input(e) + max(k + t for k, t in layers) + ends
@@ -179,6 +205,7 @@ class ZeroStates:
     element: int = 2
     bucket: int = 500_000_000  #: elements, `reduce_bucket_size`
     overlap: bool = False  #: `overlap_comm`: a second bucket
+    ema: bool = False  #: a moving average of the masters
 
     @property
     def share(self) -> int:
@@ -199,6 +226,10 @@ class ZeroStates:
         return 8 * self.share
 
     @property
+    def average(self) -> int:
+        return 4 * self.share * self.ema
+
+    @property
     def gradients(self) -> int:
         """This process's reduced gradients."""
         return 4 * self.share
@@ -208,4 +239,5 @@ class ZeroStates:
         return self.element * self.bucket * (1 + self.overlap)
 
     def total(self) -> int:
-        return self.weights + self.masters + self.moments + self.gradients + self.buckets
+        states = self.masters + self.moments + self.average
+        return self.weights + states + self.gradients + self.buckets

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vimnas_ds.config import RunConfig
+from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.cost import Layout
 from vimnas_ds.gpus import GPUS, Gpu
-from vimnas_ds.space import SearchSpace
+from vimnas_ds.space import Arch, SearchSpace
 from vimnas_ds.train.schedule import Schedule
 from vimnas_ds.training_cost import (
     Input,
+    Macs,
     Traffic,
     checkpoint_bytes,
     mean_params,
@@ -31,6 +32,7 @@ DAY = 86400
 #: smallest model to 5 days for the largest", searches included).
 PAPER_GPU, PAPER_GPUS = GPUS["a100-40"], 8
 PAPER_DAYS = {"vit_t": 1.0, "vit_l": 5.0}
+PAPER_EPOCHS, PAPER_DATASETS = 500, ("imagenet", "k400", "k600", "ssv2")
 BF16, FLOAT = 2, 4
 
 
@@ -63,8 +65,8 @@ class Memory:
 
     micro: int
     checkpointing: bool
-    kept: float  #: activations, mean over sub-networks
-    weight_peak: float  #: activations and what backward holds, largest sub-network
+    kept: float  #: activations, mean over sub-networks (of a sandwich, all of its passes)
+    weight_peak: float  #: activations and what backward holds, largest sub-network(s)
     alpha_peak: float
     inputs: float
     states: int
@@ -89,10 +91,18 @@ class StepCost:
 
 
 class Plan:
-    """A configuration on machines; `sizes` are training files per dataset."""
+    """A configuration on machines; `sizes` are training files per dataset.
+
+    Raises ConfigError for one in float32: the GPUs' figures are of bf16.
+    """
 
     def __init__(self, config: RunConfig, layout: Layout, sizes: dict[str, int], where: Machines):
         self.config, self.layout, self.where = config, layout, where
+        if not config.bf16(has_gpu=True):
+            raise ConfigError(
+                "bf16.enabled is false: plans are of bf16 training, as the GPUs' peaks are; "
+                "--set bf16.enabled=auto (or true)"
+            )
         self.space: SearchSpace = config.vimnas.search_space
         self.datasets = config.vimnas.data.datasets
         self.schedule = Schedule.build(config, sizes)
@@ -105,8 +115,11 @@ class Plan:
             BF16,
             int(zero.get("reduce_bucket_size", 500_000_000)),
             bool(zero.get("overlap_comm", False)),
+            config.vimnas.ema is not None,
         )
-        self.to_owners = not zero.get("use_multi_rank_bucket_allreduce", True)
+        self.to_owners = bool(zero.get("reduce_scatter", True)) and not zero.get(
+            "use_multi_rank_bucket_allreduce", True
+        )
 
     @property
     def alpha_share(self) -> float:
@@ -118,6 +131,14 @@ class Plan:
     def micro(self) -> int:
         """The recipe's samples per process. Raises ConfigError if they cannot be shared evenly."""
         return self.config.micro_batch(self.where.processes)
+
+    @property
+    def passes(self) -> tuple[tuple[Arch, ...], int]:
+        """Of a weight step: the sub-networks that are always trained, and how many drawn ones."""
+        sandwich, space = self.config.vimnas.sandwich, self.space
+        if sandwich is None or space.size() == 1:
+            return (), 1
+        return (space.largest(), space.smallest()), sandwich.random
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -131,11 +152,17 @@ class Plan:
         own = [BF16 * layer_params(self.space, i, self.layout) for i in range(self.space.max_depth)]
         own.append(BF16 * data.num_classes * self.space.max_embed_dim)
         inputs = step.pixels() * (BF16 + FLOAT * self.where.ready)
+        fixed, drawn = self.passes
+        largest = self.space.largest()
+        if fixed:
+            peak = step.sandwich_peak([*fixed, *[largest] * drawn], own)
+        else:
+            peak = step.weight_peak(largest, lambda layer: (own[layer], 0.0))
         return Memory(
             micro,
             checkpointing,
-            step.kept(self.space),
-            step.weight_peak(self.space.largest(), lambda layer: (own[layer], 0.0)),
+            sum(map(step.held, fixed)) + drawn * step.kept(self.space),
+            peak,
             alpha.alpha_peak(self.space) if self.alpha_share else 0.0,
             inputs,
             self.states.total(),
@@ -163,11 +190,17 @@ class Plan:
         data, where = self.datasets[dataset], self.where
         sample = Input(self.layout, data.frames, data.size, data.num_classes)
         batch, alpha_batch = self.config.global_batch, self.config.alpha_batch * self.alpha_share
-        weight = batch * sample.mean_macs(self.space).weight_step(checkpointing)
+        fixed, drawn = self.passes
+        macs: list[Macs] = [*map(sample.macs, fixed), *[sample.mean_macs(self.space)] * drawn]
+        weight = batch * sum(one.weight_step(checkpointing) for one in macs)
         alpha = alpha_batch * sample.macs(self.space.largest()).alpha_step(checkpointing)
         seconds = (weight + alpha) / where.flops
         traffic = Traffic.of(
-            reduced_params(self.space, data.num_classes, self.layout),
+            reduced_params(
+                SearchSpace.single(fixed[0], self.layout.head_dim) if fixed else self.space,
+                data.num_classes,
+                self.layout,
+            ),
             self.params,
             round(num_alphas(self.space) * self.alpha_share),
             where.processes,
@@ -216,6 +249,23 @@ class Plan:
         """Of computing, at the stated efficiency."""
         return self.flops(checkpointing, alphas) / self.where.flops / DAY
 
+    def not_the_papers(self) -> list[str]:
+        """In words, in what the run differs from the paper's whose days are known."""
+        section, found = self.config.vimnas, []
+        if section.schedule.epochs != PAPER_EPOCHS:
+            found.append(f"{section.schedule.epochs} epochs instead of {PAPER_EPOCHS}")
+        if missing := [name for name in PAPER_DATASETS if name not in self.datasets]:
+            found.append(f"without {', '.join(missing)}")
+        for name in PAPER_DATASETS:
+            public = self.datasets[name].reference_files if name in self.datasets else None
+            if public and self.schedule.sizes.get(name, public) < 0.8 * public:
+                found.append(f"{self.schedule.sizes[name]:,} files of {name} instead of {public:,}")
+        if self.alpha_share != 1:
+            found.append("alpha steps " + ("thinned out" if self.alpha_share else "off"))
+        if self.passes[0]:
+            found.append("several sub-networks a step")
+        return found
+
     def paper_efficiency(self, checkpointing: bool) -> tuple[float, float] | None:
         """The paper's days for this space, and the efficiency that this configuration would need to
         take them on its machine; None where it gives no days (one sub-network alone, too)."""
@@ -234,9 +284,11 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """The most that a run's checkpoints take: those kept, the best, and one being written."""
-        section = self.config.vimnas.checkpoint
-        return self.checkpoint_bytes * (section.keep + section.keep_best + 1)
+        """The most that a run's checkpoints take: those kept, the best, those of the collapse guard
+        and one being written."""
+        section = self.config.vimnas
+        keeping = section.checkpoint
+        return self.checkpoint_bytes * (keeping.keep + keeping.keep_best + 3 * section.guarded + 1)
 
     @property
     def mean_params(self) -> float:

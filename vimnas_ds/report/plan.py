@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +26,16 @@ def _machines(plan: Plan) -> str:
         f"supernet {plan.params / 1e6:,.1f} M parameters with all heads; a drawn sub-network has "
         f"{plan.mean_params / 1e6:,.1f} M on average\n"
         f"global batch {plan.config.global_batch}: {plan.micro} samples per GPU and step"
+        f"{_sandwich(plan)}"
+    )
+
+
+def _sandwich(plan: Plan) -> str:
+    fixed, drawn = plan.passes
+    if not fixed:
+        return ""
+    return (
+        f"\na sandwich: each step trains the largest, the smallest and {drawn} drawn sub-networks"
     )
 
 
@@ -38,6 +47,7 @@ def _states(plan: Plan) -> str:
         ("moments, float32, 1/W", zero.moments),
         ("gradients, float32, 1/W", zero.gradients),
         (f"{1 + zero.overlap} reduce bucket(s) of {zero.bucket:,} in bf16", zero.buckets),
+        *([("moving average, float32, 1/W", zero.average)] if zero.ema else []),
         ("together", zero.total()),
     ]
     table = format_table(["ZeRO-2, one GPU", "GB"], [[n, f"{b / GB:.2f}"] for n, b in parts])
@@ -148,6 +158,11 @@ def _paper(plan: Plan) -> str:
     if found is None:
         return f"paper: 1 to 5 days on {machine}, by size; it gives no number for this run"
     days, needed = found
+    if differs := plan.not_the_papers():
+        return (
+            f"paper: {days:g} day(s) on {machine}, searching and training, of a run that this one "
+            f"is not: {'; '.join(differs)}. No comparison is made"
+        )
     assumed, whole = plan.where.efficiency, plan.flops(checkpointing)
     told = "reproduced" if needed <= assumed else "NOT reproduced"
     verdict = "no efficiency reaches them" if needed > 1 else f"they need {needed:.0%} of peak"
@@ -165,23 +180,24 @@ def _paper(plan: Plan) -> str:
 
 
 def _basis(plan: Plan) -> str:
-    alpha = plan.config.vimnas.alpha
-    return "\n".join(_basis_lines(plan, f"every {alpha.every} steps" if alpha.enabled else "off"))
-
-
-def _basis_lines(plan: Plan, alpha: str) -> Iterator[str]:
-    yield "computed: parameters, activations, FLOPs, traffic, steps, disk, in closed form"
-    yield "measured: the activation model, on a CPU in float32 (python scripts/bench_plan.py)"
-    yield "NOT measured: anything on a GPU. No GPU was at hand."
-    yield (
-        f"assumed: efficiency {plan.where.efficiency:.0%} (--efficiency; loading, normalisation, "
-        f"updates are in it), {plan.where.reserve / GB:g} GB kept back (--reserve), network "
-        f"{plan.where.network / GB:g} GB/s a node (--network), flash attention and the compiled "
-        f"operators (without them fc2's input is kept as well), {plan.where.ready} finished "
-        f"float32 batches on the GPU, alpha steps {alpha}; evaluations, checkpoints, restarts and "
+    alpha, where = plan.config.vimnas.alpha, plan.where
+    steps = f"every {alpha.every} steps" if alpha.enabled else "off"
+    return (
+        "computed: parameters, activations, FLOPs, traffic, steps, disk, in closed form\n"
+        "measured: the activation model, on a CPU in float32 (python scripts/bench_plan.py)\n"
+        "NOT measured: anything on a GPU. No GPU was at hand.\n"
+        f"assumed: efficiency {where.efficiency:.0%} (--efficiency; loading, normalisation, "
+        f"updates are in it), {where.reserve / GB:g} GB kept back (--reserve), network "
+        f"{where.network / GB:g} GB/s a node (--network), flash attention and the compiled "
+        f"operators (without them fc2's input is kept as well), {where.ready} finished "
+        f"float32 batches on the GPU, alpha steps {steps}; evaluations, checkpoints, restarts and "
         "searches take no time. Steps of a few milliseconds (small spaces) are bound by kernel "
         "launches and loading, of which a constant efficiency knows nothing"
     )
+
+
+#: JSON keys of activation checkpointing, by whether it is on.
+SWITCH = {False: "without_checkpointing", True: "with_checkpointing"}
 
 
 def numbers(plan: Plan) -> dict[str, Any]:
@@ -197,12 +213,12 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "element_bytes": {"activations": BF16, "states": FLOAT},
         "states": {
             name: getattr(plan.states, name)
-            for name in ("weights", "masters", "moments", "gradients", "buckets")
+            for name in ("weights", "masters", "moments", "average", "gradients", "buckets")
         },
         "datasets": {},
         "phases": {n: {"steps": s, "shares": dict(p)} for n, (s, p) in plan.phases().items()},
-        "days": {str(c): plan.days(c) for c in (False, True)},
-        "days_without_alpha": {str(c): plan.days(c, alphas=False) for c in (False, True)},
+        "days": {key: plan.days(c) for c, key in SWITCH.items()},
+        "days_without_alpha": {key: plan.days(c, alphas=False) for c, key in SWITCH.items()},
         "traffic_days": plan.traffic_days(own),
         "checkpoint_bytes": plan.checkpoint_bytes,
         "disk_bytes": plan.disk_bytes,
@@ -218,5 +234,6 @@ def numbers(plan: Plan) -> dict[str, Any]:
             ],
         }
     if (paper := plan.paper_efficiency(own)) is not None:
-        found["paper"] = {"days": paper[0], "efficiency_needed": paper[1]}
+        differs = plan.not_the_papers()
+        found["paper"] = {"days": paper[0], "efficiency_needed": paper[1], "differences": differs}
     return found
