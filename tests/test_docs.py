@@ -1,16 +1,11 @@
-"""What README.md and docs/ say exists: scripts, options, keys, links; and their commands run."""
+"""What README.md and docs/ say exists: scripts, options, keys, links."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,106 +164,3 @@ def test_the_configuration_page_is_what_the_schema_gives() -> None:
 
 def test_the_readme_opens_with_the_two_commands() -> None:
     assert code_blocks(PAGES[Path("README.md")])[0].split("\n")[:2] == ["make demo", "make test"]
-
-
-#: Commands of the pages that are run, in this order, by their beginnings (the first that fits).
-RUN = (
-    "scripts/index_data.py --dataset k400",
-    "scripts/index_data.py --update",
-    "scripts/make_shards.py --index",
-    "scripts/view_batch.py",
-    "scripts/plan.py",
-    "scripts/train.py --deepspeed_config ds_configs/vitl.json --dry_run",
-    "scripts/perturb_select.py",
-    "scripts/evolve.py --checkpoint runs/demo --params",
-    "scripts/evolve.py --checkpoint runs/demo --pareto",
-    "scripts/evaluate.py",
-    "scripts/export.py --checkpoint runs/demo --arch runs/demo",
-    "scripts/predict.py exports/mine",
-    "scripts/report.py",
-    "scripts/consolidate.py",
-    "scripts/doctor.py --only",
-)
-#: What makes a command small enough for a test.
-SMALL = {
-    "index_data": "--index_dir indexes",
-    "view_batch": "--count 2",
-    "perturb_select": "--samples 8",
-    "evolve": "--samples 8 --population 4 --generations 2 --top_k 2 --crossovers 1 --mutations 1",
-    "evaluate": "--single_view",
-    "export": "--formats torch_export",
-    "report": "--clips 4",
-}
-#: What a script leaves behind, under the folder that the commands run in.
-LEFT = (
-    "indexes/k400.parquet",
-    "shards/k400/index.parquet",
-    "runs/view_batch.png",
-    "runs/demo/perturbation/arch.json",
-    "runs/demo/evolution/arch.json",
-    "runs/demo/front/front.json",
-    "runs/demo/evaluation.json",
-    "exports/mine/arch.json",
-    "seen.png",
-    "runs/demo/report.html",
-    "vitl_state/supernet.safetensors",
-)
-#: One process for all commands: most of a command's time is imports.
-RUNNER = """
-import importlib, json, sys
-for script, arguments in json.loads(sys.argv[1]):
-    print("==", script, *arguments, flush=True)
-    code = importlib.import_module(script).main(arguments)
-    if code:
-        sys.exit(f"{script} ended with {code}")
-"""
-
-
-@pytest.mark.slow
-def test_the_commands_of_the_pages_do_their_work_one_after_the_other(
-    folder: Path, trained: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(trained, tmp_path / "runs" / "demo")
-    clip = next((folder / "data" / "k400" / "val").rglob("*.mp4"))
-    config = json.loads((folder / "config.json").read_text())
-    for dataset in config["vimnas"]["data"]["datasets"].values():
-        dataset |= {"root": None, "reference_files": 80}  # as in vitl.json
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    places = {
-        "ds_configs/vitl.json": "config.json",
-        "/data/": f"{folder / 'data'}/",
-        "/shards/": "shards/",
-        "clip.mp4": str(clip),
-        "runs/vitl": "runs/demo",
-    }
-    known = [line for _, line in commands()]
-    todo = []
-    for beginning in RUN:
-        command = next(line for line in known if f" {beginning}" in f" {line}")
-        _, script, arguments = split(command)
-        assert script is not None
-        name = Path(script).stem
-        arguments = [replace_all(word, places) for word in arguments]
-        if name == "index_data" and "--update" not in arguments:
-            arguments += ["--deepspeed_config", "config.json"]
-        if "--update" not in arguments:
-            arguments += shlex.split(SMALL.get(name, ""))
-        todo.append((name, arguments))
-    paths = os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, json.dumps(todo)],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert [place for place in LEFT if not (tmp_path / place).exists()] == []
-
-
-def replace_all(word: str, places: dict[str, str]) -> str:
-    for written, here in places.items():
-        word = word.replace(written, here)
-    return word
