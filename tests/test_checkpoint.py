@@ -23,6 +23,7 @@ from vimnas_ds.durable import publish_folder
 from vimnas_ds.manifest import MANIFEST, FileEntry, read_manifest, write_manifest
 from vimnas_ds.train.best import Best
 from vimnas_ds.train.checkpoint import finish_save, go_back, prune
+from vimnas_ds.train.checkpoint_names import BEST, LATEST, newest_first
 from vimnas_ds.train.run_files import (
     PLAIN_FILES,
     CheckpointError,
@@ -30,7 +31,6 @@ from vimnas_ds.train.run_files import (
     choose_start,
     find_checkpoint,
     hold_folder,
-    newest_first,
 )
 from vimnas_ds.train.state_file import read_state, write_state
 
@@ -119,6 +119,35 @@ def test_going_back_gives_up_what_came_later(run):
     assert go_back(run.checkpoints, "step00000010") == ["step00000020", "step00000030"]
     assert find_checkpoint(run.root).name == "step00000010"
     assert not (run.checkpoints / "best").exists()
+
+
+def test_a_copy_that_somebody_made_beside_the_checkpoints_is_left_alone(run):
+    copies = [run.checkpoints / name for name in ("step00000010_good", "step30", "steps")]
+    for copy in copies:
+        shutil.copytree(run.checkpoints / "step00000010", copy)
+    prune(run.checkpoints, 1)
+    assert [p.name for p in newest_first(run.checkpoints)] == ["step00000030"]
+    shutil.copytree(run.checkpoints / "step00000030", run.checkpoints / "step00000020")
+    assert go_back(run.checkpoints, "step00000020") == ["step00000030"]
+    assert all((copy / WEIGHTS).is_file() for copy in copies)
+    assert find_checkpoint(run.root).name == "step00000020"
+    assert find_checkpoint(copies[0]) == copies[0]  # it may be read, by its path
+    with pytest.raises(ConfigError, match=r"step00000010_good has not the name of a checkpoint"):
+        choose_start(run, str(copies[0]), False)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe step", b"step000\0\0\0", b""])
+def test_latest_and_best_of_any_bytes_name_nothing_and_hide_nothing(run, content):
+    (run.checkpoints / LATEST).write_bytes(content)
+    (run.checkpoints / BEST).write_bytes(content)
+    assert find_checkpoint(run.root).name == "step00000030"
+    for name in (LATEST, BEST):
+        with pytest.raises(CheckpointError, match="no checkpoint at"):
+            find_checkpoint(run.checkpoints / name)
+    finish_save(run.checkpoints, 2, None)
+    assert [p.name for p in newest_first(run.checkpoints)] == ["step00000030", "step00000020"]
+    assert go_back(run.checkpoints, "step00000020") == ["step00000030"]
+    assert find_checkpoint(run.checkpoints / LATEST).name == "step00000020"
 
 
 def test_the_only_checkpoint_is_found_by_the_next_run_and_left_alone_by_readers(tmp_path):

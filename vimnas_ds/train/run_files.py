@@ -27,6 +27,7 @@ from typing import Any
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.durable import REPLACED, restore_replaced, write_text
 from vimnas_ds.manifest import Damaged, verify
+from vimnas_ds.train.checkpoint_names import BEST, LATEST, checkpoint_step, named, newest_first
 from vimnas_ds.train.circumstances import environment
 from vimnas_ds.train.ranks import Ranks, gather_objects, run_together
 
@@ -39,8 +40,6 @@ ALPHAS_FILE = "alphas.safetensors"
 POSITION_FILE = "position.json"
 #: what a tool that needs no engine reads
 PLAIN_FILES = (WEIGHTS_FILE, ALPHAS_FILE, POSITION_FILE)
-#: files that name one checkpoint beside them: the last one, and the one with the best scores
-LATEST, BEST = "latest", "best"
 
 
 class CheckpointError(ConfigError):
@@ -98,20 +97,6 @@ class RunFiles:
             file.unlink(missing_ok=True)
 
 
-def checkpoint_name(step: int) -> str:
-    return f"step{step:08d}"
-
-
-def newest_first(root: Path) -> list[Path]:
-    """The checkpoints under a run's folder of them, up to the one that `latest` names."""
-    names = sorted(p.name for p in root.glob("step*") if p.is_dir())
-    if (root / LATEST).is_file():
-        named = (root / LATEST).read_text().strip()
-        if named in names:  # else it is itself damaged, and says nothing
-            names = [name for name in names if name <= named]
-    return [root / name for name in reversed(names)]
-
-
 def find_checkpoint(path: Path, parts: Sequence[str] | None = None) -> Path:
     """The checkpoint that `path` means: itself, the one that a file `latest` or `best` names, or
     the newest under it (a run, or its folder of checkpoints) that is whole.
@@ -120,8 +105,8 @@ def find_checkpoint(path: Path, parts: Sequence[str] | None = None) -> Path:
     named in the log, and the one before is taken. Raises CheckpointError, saying what was looked
     for, when there is none.
     """
-    if path.is_file() and path.name in (LATEST, BEST):
-        path = path.parent / Path(path.read_text().strip()).name
+    if path.name in (LATEST, BEST) and (said := named(path.parent, path.name)) is not None:
+        path = path.parent / (Path(said).name or path.name)  # an empty file names nothing
     if (path / WEIGHTS_FILE).is_file():
         try:
             verify(path, parts)
@@ -195,6 +180,11 @@ def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path |
     found = None
     if resume is not None and resume != "latest":
         found = find_checkpoint(Path(resume))
+        if checkpoint_step(found.name) is None:
+            raise ConfigError(
+                f"{found} has not the name of a checkpoint, which is step and eight digits: give "
+                "the folder back the name of its step to resume from it"
+            )
         if found.parent.resolve() != files.checkpoints.resolve() and newest_first(
             files.checkpoints
         ):
