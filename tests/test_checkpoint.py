@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 
 from scripts import consolidate
 from tests.conftest import ROOT
-from tests.launch import launch
+from tests.launch import launch, run_main
+from tests.small import small_config
 from vimnas_ds import durable
 from vimnas_ds.config import ConfigError
 from vimnas_ds.durable import publish_folder
@@ -26,6 +28,7 @@ from vimnas_ds.train.checkpoint import finish_save, go_back, prune
 from vimnas_ds.train.checkpoint_names import BEST, LATEST, newest_first
 from vimnas_ds.train.run_files import (
     PLAIN_FILES,
+    CannotRead,
     CheckpointError,
     RunFiles,
     choose_start,
@@ -83,6 +86,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, name, da
 
 
 WEIGHTS = PLAIN_FILES[0]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, MANIFEST])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_given_up(run, name, number, monkeypatch):
+    before = sorted(run.root.rglob("*"))
+    whole = Path.open
+
+    def hiccup(path: Path, *args: object, **kwargs: object) -> object:
+        if path == run.checkpoints / "step00000030" / name:
+            raise OSError(number, os.strerror(number), str(path))
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", hiccup)
+    said = rf"step00000030 cannot be read now: .*{os.strerror(number)}.*nothing is deleted"
+    for path in (run.root, run.checkpoints / "step00000030"):
+        with pytest.raises(CannotRead, match=said):
+            find_checkpoint(path)
+    assert sorted(run.root.rglob("*")) == before
+    config = run.root.parent / "config.json"
+    config.write_text(json.dumps(small_config(run.root)))
+    code, errors = run_main("train", ["--deepspeed_config", str(config), "--resume"])
+    assert code == 2
+    assert re.search(said, errors)
 
 
 def test_what_a_tool_does_not_read_may_be_damaged(run):

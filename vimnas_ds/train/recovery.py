@@ -125,7 +125,8 @@ def show(rewinds: Rewinds, board: Board, step: int, *more: str) -> None:
 def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
     """Put the run back to a good checkpoint, past the data that it has met since (collective).
 
-    Raises NotSound when that was done too often near here, or no checkpoint is whole.
+    Raises NotSound when that was done too often near here, or no checkpoint is whole; also where
+    one cannot be read, and then nothing is given up.
     """
     position, rewinds, ranks = trainer.drawer.position, recovery.rewinds, trainer.ranks
     trainer.watch.at("rewind", position.step)

@@ -46,6 +46,11 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message says which and why."""
 
 
+class CannotRead(ConfigError):
+    """A checkpoint that a disk does not let read now and that may be whole: no other one is taken
+    in its place, for that would give it up."""
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """Paths under a run's folder."""
@@ -103,13 +108,13 @@ def find_checkpoint(path: Path, parts: Sequence[str] | None = None) -> Path:
 
     Its files, all or `parts`, are read and compared with their checksums. A damaged newest one is
     named in the log, and the one before is taken. Raises CheckpointError, saying what was looked
-    for, when there is none.
+    for, when there is none, and CannotRead.
     """
     if path.name in (LATEST, BEST) and (said := named(path.parent, path.name)) is not None:
         path = path.parent / (Path(said).name or path.name)  # an empty file names nothing
     if (path / WEIGHTS_FILE).is_file():
         try:
-            verify(path, parts)
+            _verify(path, parts)
         except Damaged as err:
             raise CheckpointError(str(err)) from err
         return path
@@ -117,7 +122,7 @@ def find_checkpoint(path: Path, parts: Sequence[str] | None = None) -> Path:
     for root in (path, path / "checkpoints"):
         for found in newest_first(root):
             try:
-                verify(found, parts)
+                _verify(found, parts)
             except Damaged as err:
                 problems.append(str(err))
             else:
@@ -129,6 +134,16 @@ def find_checkpoint(path: Path, parts: Sequence[str] | None = None) -> Path:
     raise CheckpointError(
         f"no checkpoint at {path}: neither one itself nor a run that has saved one"
     )
+
+
+def _verify(checkpoint: Path, parts: Sequence[str] | None) -> None:
+    try:
+        verify(checkpoint, parts)
+    except OSError as err:
+        raise CannotRead(
+            f"{checkpoint} cannot be read now: {err}. It may be whole: nothing is deleted and no "
+            "older one taken. Try again when its disk is well; if it stays so, move the folder away"
+        ) from err
 
 
 def read_run_config(checkpoint: Path, overrides: list[str] | None = None) -> RunConfig:
