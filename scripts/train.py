@@ -137,8 +137,9 @@ def configure(args: argparse.Namespace) -> RunConfig:
 
 def prepare(args: argparse.Namespace, watch: Watch) -> Trainer:
     """Check, with all ranks, what can be checked before any work, then set the run up."""
+    from vimnas_ds.train.claim import choose_start
     from vimnas_ds.train.loop import Trainer
-    from vimnas_ds.train.run_files import RunFiles, choose_start
+    from vimnas_ds.train.run_files import RunFiles
     from vimnas_ds.train.warm_start import check_source
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -26,14 +26,13 @@ from vimnas_ds.manifest import MANIFEST, FileEntry, read_manifest, write_manifes
 from vimnas_ds.train.best import Best
 from vimnas_ds.train.checkpoint import finish_save, go_back, prune
 from vimnas_ds.train.checkpoint_names import BEST, LATEST, newest_first
+from vimnas_ds.train.claim import choose_start, hold_folder
 from vimnas_ds.train.run_files import (
     PLAIN_FILES,
     CannotRead,
     CheckpointError,
     RunFiles,
-    choose_start,
     find_checkpoint,
-    hold_folder,
 )
 from vimnas_ds.train.state_file import read_state, write_state
 
@@ -213,7 +212,8 @@ def full(*_: object) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from vimnas_ds.train.run_files import RunFiles, hold_folder
+from vimnas_ds.train.claim import hold_folder
+from vimnas_ds.train.run_files import RunFiles
 hold_folder(RunFiles(Path(sys.argv[1])))
 print("held", flush=True)
 time.sleep(60)

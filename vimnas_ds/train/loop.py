@@ -36,6 +36,7 @@ from vimnas_ds.train.checkpoint import (
 )
 from vimnas_ds.train.checkpoint_names import checkpoint_name
 from vimnas_ds.train.circumstances import main_settings
+from vimnas_ds.train.claim import claim_folder
 from vimnas_ds.train.engine import build_engine, build_supernet, start_weights
 from vimnas_ds.train.evaluate import Evaluator, Score
 from vimnas_ds.train.faults import FaultReport
@@ -50,7 +51,7 @@ from vimnas_ds.train.ranks import (
     run_together,
 )
 from vimnas_ds.train.recovery import Recovery, Taken, rewind, show
-from vimnas_ds.train.run_files import RunFiles, check_same_network, claim_folder
+from vimnas_ds.train.run_files import RunFiles, check_same_network
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
 from vimnas_ds.train.status import Exit, Status
 from vimnas_ds.train.step import WeightStepper

@@ -1,0 +1,151 @@
+"""When a process may write a run's folder, and which checkpoint it goes on from.
+
+One process at a time holds the folder, by a lock that ends with the process. What is looked at
+before a run begins, or goes on, is looked at under that lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vimnas_ds.config import ConfigError, RunConfig
+from vimnas_ds.durable import REPLACED, restore_replaced, write_text
+from vimnas_ds.train.checkpoint_names import checkpoint_step, newest_first
+from vimnas_ds.train.circumstances import environment
+from vimnas_ds.train.ranks import Ranks, gather_objects, run_together
+from vimnas_ds.train.run_files import RunFiles, config_object, find_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint to start from, None for a fresh run.
+
+    `resume` is None, "latest", "auto" (latest, or a fresh run where there is none) or a path. For
+    the run's own process alone: it holds the folder from here on, and puts right what an earlier
+    one died over. Raises ConfigError rather than mixing two runs.
+    """
+    if resume is not None and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    replaced = any(files.checkpoints.glob(REPLACED + "*"))
+    if resume is None and not overwrite and (replaced or newest_first(files.checkpoints)):
+        raise ConfigError(
+            f"{files.root} already holds a run: --resume continues it, --overwrite starts anew, "
+            "--set vimnas.output_dir=... goes elsewhere"
+        )
+    if resume == "auto":
+        begun = files.config.is_file() or replaced or newest_first(files.checkpoints)
+        resume = "latest" if begun else None
+    found = None
+    if resume is not None and resume != "latest":
+        found = find_checkpoint(Path(resume))
+        if checkpoint_step(found.name) is None:
+            raise ConfigError(
+                f"{found} has not the name of a checkpoint, which is step and eight digits: give "
+                "the folder back the name of its step to resume from it"
+            )
+        if found.parent.resolve() != files.checkpoints.resolve() and newest_first(
+            files.checkpoints
+        ):
+            raise ConfigError(
+                f"{files.root} holds a run of its own and cannot continue {found}: "
+                "--set vimnas.output_dir=... goes elsewhere"
+            )
+    hold_folder(files)
+    restore_replaced(files.checkpoints)
+    if resume == "latest":
+        if not files.config.is_file() and not newest_first(files.checkpoints):
+            raise ConfigError(
+                f"{files.root} holds no run to resume: leave --resume out to begin one, or say "
+                "--resume auto, which resumes what is there and else begins"
+            )
+        if files.config.is_file() and not newest_first(files.checkpoints):
+            log.warning("%s was begun and has saved nothing yet: it starts anew", files.root)
+            return None
+        return find_checkpoint(files.root)
+    return found
+
+
+_held: dict[Path, int] = {}  # folders whose lock this process has, with their file descriptors
+
+
+def hold_folder(files: RunFiles, seconds: float = 40.0) -> None:
+    """See that no other process writes a run into this folder until this one ends; an earlier one
+    that is about to end (see `vimnas.faults.grace_seconds`) gets `seconds` for it.
+
+    Raises ConfigError naming the other. Nothing is done where there is no folder yet.
+    """
+    root = files.root.resolve()
+    if root in _held or not root.is_dir():
+        return
+    handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise ConfigError(
+                    f"{files.root} is being written by another process ({_writer_of(files)}): wait "
+                    "for its end, or --set vimnas.output_dir=... goes elsewhere"
+                ) from None
+            time.sleep(0.5)
+        else:
+            _held[root] = handle
+            return
+
+
+def _writer_of(files: RunFiles) -> str:
+    try:
+        status = json.loads(files.status.read_text())
+        return f"last known: process {status['pid']} on {status['host']}"
+    except (OSError, ValueError, KeyError):
+        return "it has not said which"
+
+
+def claim_folder(
+    files: RunFiles,
+    config: RunConfig,
+    labels: Mapping[str, Sequence[str]],
+    ranks: Ranks,
+    anew: bool,
+) -> None:
+    """Begin a run in its folder, or go on with it: clear an earlier one where this one starts
+    anew, write config.json, labels.json (class names by dataset) and environment.json; on all ranks
+    together.
+
+    Raises ConfigError when some rank does not see rank 0's files: checkpoints need a file system
+    that all nodes share.
+    """
+    token = json.dumps(config_object(config), indent=2) + "\n"
+
+    def claim() -> None:
+        files.root.mkdir(parents=True, exist_ok=True)
+        hold_folder(files)
+        if anew:
+            files.remove()
+        for remains in files.root.glob(f"{files.status.name}.*"):
+            remains.unlink()  # of a rank that was killed while it wrote its status
+        write_text(files.labels, json.dumps(labels, indent=2) + "\n")
+        write_text(files.environment, json.dumps(environment(ranks), indent=2) + "\n")
+        write_text(files.config, token)
+
+    run_together(lambda: claim() if ranks.is_main else None, ranks)
+    deadline = time.monotonic() + 20  # network file systems show new files late
+    while not (seen := files.config.is_file() and files.config.read_text() == token):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    blind = [rank for rank, sees in enumerate(gather_objects(seen)) if not sees]
+    if blind:
+        raise ConfigError(
+            f"vimnas.output_dir {files.root}: ranks {blind} do not see rank 0's files there; it "
+            "must lie on a file system that all nodes share"
+        )
