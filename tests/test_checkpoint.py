@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -230,6 +231,26 @@ def test_two_processes_do_not_write_one_run(run):
             hold_folder(run, seconds=0)
         holder.kill()
     hold_folder(run, seconds=5)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_said_once_and_written_all_the_same(
+    run, number, monkeypatch, caplog
+):
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert choose_start(run, "latest", False) == run.checkpoints / "step00000030"
+    hold_folder(run)
+    assert caplog.text.count("cannot be locked") == 1
+    assert f"({os.strerror(number)}): see that only one process writes it" in caplog.text
+
+
+def test_a_lock_that_fails_otherwise_ends_the_start(run, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", full)
+    with pytest.raises(OSError, match="No space left"):
+        hold_folder(run)
 
 
 def test_what_resume_means(run, tmp_path):

@@ -6,6 +6,7 @@ before a run begins, or goes on, is looked at under that lock.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -73,13 +74,16 @@ def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path |
 
 
 _held: dict[Path, int] = {}  # folders whose lock this process has, with their file descriptors
+#: what a file system says that has no locks
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
 
 
 def hold_folder(files: RunFiles, seconds: float = 40.0) -> None:
     """See that no other process writes a run into this folder until this one ends; an earlier one
     that is about to end (see `vimnas.faults.grace_seconds`) gets `seconds` for it.
 
-    Raises ConfigError naming the other. Nothing is done where there is no folder yet.
+    Raises ConfigError naming the other. Nothing is done where there is no folder yet, and on a file
+    system without locks no more than to say so.
     """
     root = files.root.resolve()
     if root in _held or not root.is_dir():
@@ -97,9 +101,17 @@ def hold_folder(files: RunFiles, seconds: float = 40.0) -> None:
                     "for its end, or --set vimnas.output_dir=... goes elsewhere"
                 ) from None
             time.sleep(0.5)
-        else:
-            _held[root] = handle
-            return
+            continue
+        except OSError as err:
+            if err.errno not in NO_LOCKS:
+                raise
+            log.warning(
+                "%s cannot be locked (%s): see that only one process writes it",
+                files.root,
+                err.strerror,
+            )
+        _held[root] = handle
+        return
 
 
 def _writer_of(files: RunFiles) -> str:
