@@ -169,7 +169,7 @@ def prepare(args: argparse.Namespace, watch: Watch) -> Trainer:
     start = Path(found) if found else None
     data = open_data(config.vimnas.data, ranks, Path(args.deepspeed_config))
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
-    trainer = Trainer(config, data, ranks, start, watch)
+    trainer = Trainer(config, data, ranks, start, watch, args.overwrite)
     trainer.console.say(f"ready {time.time() - STARTED:.1f} s after the process started")
     return trainer
 

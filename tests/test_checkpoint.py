@@ -21,13 +21,15 @@ from tests.conftest import ROOT
 from tests.launch import launch, run_main
 from tests.small import small_config
 from vimnas_ds import durable
-from vimnas_ds.config import ConfigError
+from vimnas_ds.config import ConfigError, parse_config
 from vimnas_ds.durable import publish_folder
 from vimnas_ds.manifest import MANIFEST, FileEntry, read_manifest, write_manifest
+from vimnas_ds.train import claim
 from vimnas_ds.train.best import Best
 from vimnas_ds.train.checkpoint import finish_save, go_back, prune
 from vimnas_ds.train.checkpoint_names import BEST, LATEST, newest_first
-from vimnas_ds.train.claim import choose_start, hold_folder
+from vimnas_ds.train.claim import choose_start, claim_folder, hold_folder
+from vimnas_ds.train.ranks import ALONE
 from vimnas_ds.train.run_files import (
     PLAIN_FILES,
     CannotRead,
@@ -231,6 +233,56 @@ def test_two_processes_do_not_write_one_run(run):
             hold_folder(run, seconds=0)
         holder.kill()
     hold_folder(run, seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("resume", "comes_of_it"),
+    [(None, "already holds a run"), ("elsewhere", "a run of its own"), ("auto", None)],
+)
+def test_what_another_process_saves_before_it_ends_is_seen(
+    resume, comes_of_it, tmp_path, monkeypatch
+):
+    """It holds the folder when this one asks for it, and saves for the first time."""
+    run, other = RunFiles(tmp_path / "run"), fake(tmp_path / "other" / "checkpoints", 5)
+    run.root.mkdir()
+    run.config.write_text("{}")
+
+    def flock(*_: object) -> None:
+        if not run.checkpoints.exists():
+            fake(run.checkpoints, 1)
+            raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(claim.time, "sleep", lambda _: None)
+    resume = str(other) if resume == "elsewhere" else resume
+    if comes_of_it is None:
+        assert choose_start(run, resume, False) == run.checkpoints / "step00000001"
+    else:
+        with pytest.raises(ConfigError, match=comes_of_it):
+            choose_start(run, resume, False)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_another_process_began_meanwhile_is_not_deleted(
+    elsewhere, tmp_path, monkeypatch
+):
+    """There was no folder when the start was chosen; data were opened since."""
+    monkeypatch.setattr(claim, "gather_objects", lambda value: [value])
+    run = RunFiles(tmp_path / "run")
+    start = fake(tmp_path / "other" / "checkpoints", 5) if elsewhere else None
+    assert choose_start(run, str(start) if start else None, False) == start
+    theirs = fake(run.checkpoints, 1)
+    config = parse_config(small_config(run.root))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        claim_folder(run, config, {}, ALONE, start, False)
+    assert find_checkpoint(run.root) == theirs
+    monkeypatch.setattr(claim, "_held", {})  # as in a process that asks for the folder now
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    claim_folder(run, config, {}, ALONE, None, True)
+    assert not theirs.exists()
+    fake(run.checkpoints, 2)
+    claim_folder(run, config, {}, ALONE, None, False)  # the folder is held, and was looked at then
+    assert not run.checkpoints.exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])

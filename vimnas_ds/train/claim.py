@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vimnas_ds.config import ConfigError, RunConfig
-from vimnas_ds.durable import REPLACED, restore_replaced, write_text
+from vimnas_ds.durable import restore_replaced, write_text
 from vimnas_ds.train.checkpoint_names import checkpoint_step, newest_first
 from vimnas_ds.train.circumstances import environment
 from vimnas_ds.train.ranks import Ranks, gather_objects, run_together
@@ -34,43 +34,45 @@ def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path |
     """
     if resume is not None and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
-    replaced = any(files.checkpoints.glob(REPLACED + "*"))
-    if resume is None and not overwrite and (replaced or newest_first(files.checkpoints)):
-        raise ConfigError(
-            f"{files.root} already holds a run: --resume continues it, --overwrite starts anew, "
-            "--set vimnas.output_dir=... goes elsewhere"
-        )
-    if resume == "auto":
-        begun = files.config.is_file() or replaced or newest_first(files.checkpoints)
-        resume = "latest" if begun else None
-    found = None
-    if resume is not None and resume != "latest":
+    hold_folder(files)  # first: whoever wrote it may have saved until it ended
+    restore_replaced(files.checkpoints)
+    own = newest_first(files.checkpoints)
+    if resume is None:
+        if not overwrite:
+            _refuse_another(files)
+        return None
+    if resume not in ("latest", "auto"):
         found = find_checkpoint(Path(resume))
         if checkpoint_step(found.name) is None:
             raise ConfigError(
                 f"{found} has not the name of a checkpoint, which is step and eight digits: give "
                 "the folder back the name of its step to resume from it"
             )
-        if found.parent.resolve() != files.checkpoints.resolve() and newest_first(
-            files.checkpoints
-        ):
+        if own and not files.holds(found):
             raise ConfigError(
                 f"{files.root} holds a run of its own and cannot continue {found}: "
                 "--set vimnas.output_dir=... goes elsewhere"
             )
-    hold_folder(files)
-    restore_replaced(files.checkpoints)
-    if resume == "latest":
-        if not files.config.is_file() and not newest_first(files.checkpoints):
-            raise ConfigError(
-                f"{files.root} holds no run to resume: leave --resume out to begin one, or say "
-                "--resume auto, which resumes what is there and else begins"
-            )
-        if files.config.is_file() and not newest_first(files.checkpoints):
-            log.warning("%s was begun and has saved nothing yet: it starts anew", files.root)
-            return None
+        return found
+    if own:
         return find_checkpoint(files.root)
-    return found
+    if files.config.is_file():
+        log.warning("%s was begun and has saved nothing yet: it starts anew", files.root)
+    elif resume == "latest":
+        raise ConfigError(
+            f"{files.root} holds no run to resume: leave --resume out to begin one, or say "
+            "--resume auto, which resumes what is there and else begins"
+        )
+    return None
+
+
+def _refuse_another(files: RunFiles) -> None:
+    """Raise ConfigError if the folder holds a run."""
+    if newest_first(files.checkpoints):
+        raise ConfigError(
+            f"{files.root} already holds a run: --resume continues it, --overwrite starts anew, "
+            "--set vimnas.output_dir=... goes elsewhere"
+        )
 
 
 _held: dict[Path, int] = {}  # folders whose lock this process has, with their file descriptors
@@ -78,16 +80,17 @@ _held: dict[Path, int] = {}  # folders whose lock this process has, with their f
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
 
 
-def hold_folder(files: RunFiles, seconds: float = 40.0) -> None:
+def hold_folder(files: RunFiles, seconds: float = 40.0) -> bool:
     """See that no other process writes a run into this folder until this one ends; an earlier one
-    that is about to end (see `vimnas.faults.grace_seconds`) gets `seconds` for it.
+    that is about to end (see `vimnas.faults.grace_seconds`) gets `seconds` for it. Returns whether
+    this is new: False where the folder was held already.
 
     Raises ConfigError naming the other. Nothing is done where there is no folder yet, and on a file
     system without locks no more than to say so.
     """
     root = files.root.resolve()
     if root in _held or not root.is_dir():
-        return
+        return False
     handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     deadline = time.monotonic() + seconds
     while True:
@@ -111,7 +114,7 @@ def hold_folder(files: RunFiles, seconds: float = 40.0) -> None:
                 err.strerror,
             )
         _held[root] = handle
-        return
+        return True
 
 
 def _writer_of(files: RunFiles) -> str:
@@ -127,21 +130,25 @@ def claim_folder(
     config: RunConfig,
     labels: Mapping[str, Sequence[str]],
     ranks: Ranks,
-    anew: bool,
+    start: Path | None,
+    overwrite: bool,
 ) -> None:
-    """Begin a run in its folder, or go on with it: clear an earlier one where this one starts
-    anew, write config.json, labels.json (class names by dataset) and environment.json; on all ranks
-    together.
+    """Begin a run in its folder, or go on with it: clear an earlier one where this one starts anew
+    (`start`, see `choose_start`, is None), write config.json, labels.json (class names by dataset)
+    and environment.json; on all ranks together.
 
-    Raises ConfigError when some rank does not see rank 0's files: checkpoints need a file system
-    that all nodes share.
+    Raises ConfigError where another process has begun a run since `choose_start`, unless
+    `overwrite`, and when some rank does not see rank 0's files: checkpoints need a file system that
+    all nodes share.
     """
     token = json.dumps(config_object(config), indent=2) + "\n"
 
     def claim() -> None:
         files.root.mkdir(parents=True, exist_ok=True)
-        hold_folder(files)
-        if anew:
+        chosen_without = hold_folder(files)  # there was no folder yet
+        if chosen_without and not overwrite and not (start and files.holds(start)):
+            _refuse_another(files)
+        if start is None:
             files.remove()
         for remains in files.root.glob(f"{files.status.name}.*"):
             remains.unlink()  # of a rank that was killed while it wrote its status

@@ -76,7 +76,8 @@ class Preempted(Exception):
 
 
 class Trainer:
-    """One run on this rank; `run` trains to the end. `checkpoint`: where to resume from."""
+    """One run on this rank; `run` trains to the end. `checkpoint`: where to resume from;
+    `overwrite`: an earlier run in its folder may be deleted (both: see `claim.choose_start`)."""
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class Trainer:
         ranks: Ranks,
         checkpoint: Path | None = None,
         watch: Watch | None = None,
+        overwrite: bool = False,
     ):
         self.watch = watch or Watch()
         section = config.vimnas
@@ -120,7 +122,7 @@ class Trainer:
             later = run_together(lambda: self._give_up_later(checkpoint), ranks)
             self.forget_missing()
         labels = {name: catalog.class_names for name, catalog in data.catalogs.items()}
-        claim_folder(self.files, config, labels, ranks, checkpoint is None)  # the run has begun
+        claim_folder(self.files, config, labels, ranks, checkpoint, overwrite)  # it has begun
         is_image = {name: d.is_image for name, d in section.data.datasets.items()}
         sandwich = section.sandwich.random if section.sandwich is not None else None
         self.drawer = Drawer(self.schedule, space, is_image, section.seed, position, sandwich)
@@ -150,8 +152,7 @@ class Trainer:
 
     def _give_up_later(self, checkpoint: Path) -> list[str]:
         """The run goes on from `checkpoint`: names of its later ones, deleted by the main rank."""
-        is_ours = checkpoint.parent.resolve() == self.files.checkpoints.resolve()
-        if not is_ours or not self.ranks.is_main:
+        if not self.files.holds(checkpoint) or not self.ranks.is_main:
             return []
         later = go_back(checkpoint.parent, checkpoint.name)
         self.finish_save()

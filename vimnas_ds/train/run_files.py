@@ -86,6 +86,10 @@ class RunFiles:
     def search_cache(self) -> Path:
         return self.root / "search_cache"
 
+    def holds(self, checkpoint: Path) -> bool:
+        """Whether it is one of this run's, there or not."""
+        return checkpoint.parent.resolve() == self.checkpoints.resolve()
+
     def remove(self) -> None:
         """Delete an earlier run's files (these only, whatever else the folder holds)."""
         for folder in (self.tensorboard, self.checkpoints, self.search_cache):
