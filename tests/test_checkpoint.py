@@ -318,12 +318,45 @@ def test_what_resume_means(run, tmp_path):
         (damaged / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="no undamaged checkpoint"):  # never from the start
         choose_start(run, "latest", False)
-    shutil.rmtree(run.checkpoints)
-    assert choose_start(run, "latest", False) is None  # it was begun and has saved nothing
+    begun = RunFiles(tmp_path / "begun")
+    begun.root.mkdir()
+    begun.config.write_text("{}")
+    begun.log.write_text("2026-01-01  step 900/1000  e0\n")  # it was killed before its first save
+    for resume in ("latest", "auto", None):
+        assert choose_start(begun, resume, False) is None
     nothing = RunFiles(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="holds no run to resume: leave --resume out"):
         choose_start(nothing, "latest", False)
     assert choose_start(nothing, "auto", False) is None
+
+
+@pytest.mark.parametrize("resume", ["latest", "auto", None])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(run, resume, tmp_path):
+    """The scratch disk is not mounted."""
+    copy = fake(tmp_path / "copy" / "checkpoints", 20)
+    run.log.write_text("2026-01-01  step 30/90  e0\n2026-01-01  saved step00000030: 2.3 MB\n")
+    for name in ("unmounted", "empty"):
+        run.checkpoints.rename(tmp_path / name)
+        with pytest.raises(ConfigError, match=r"its checkpoints are gone: .*Nothing is deleted"):
+            choose_start(run, resume, False)
+        run.checkpoints.mkdir()
+    assert choose_start(run, str(copy), False) == copy
+    assert choose_start(run, None, True) is None
+
+
+def test_a_run_that_died_before_its_first_save_begins_again_where_it_began(
+    run, tmp_path, monkeypatch
+):
+    """From another run's checkpoint, not from the start."""
+    monkeypatch.setattr(claim, "gather_objects", lambda value: [value])
+    guest = RunFiles(tmp_path / "guest")
+    start = run.checkpoints / "step00000020"
+    config = parse_config(small_config(guest.root))
+    claim_folder(guest, config, {}, ALONE, start, False)
+    assert choose_start(guest, "latest", False) == choose_start(guest, "auto", False) == start
+    start.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*step00000020"):
+        choose_start(guest, "auto", False)
 
 
 def test_best_starts_anew_with_other_datasets():

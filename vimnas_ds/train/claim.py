@@ -24,6 +24,8 @@ from vimnas_ds.train.run_files import RunFiles, config_object, find_checkpoint
 
 log = logging.getLogger(__name__)
 
+FROM = "resumed_from"  #: in environment.json: the checkpoint that the latest start went on from
+
 
 def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path | None:
     """The checkpoint to start from, None for a fresh run.
@@ -57,8 +59,8 @@ def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path |
     if own:
         return find_checkpoint(files.root)
     if files.config.is_file():
-        log.warning("%s was begun and has saved nothing yet: it starts anew", files.root)
-    elif resume == "latest":
+        return _begin_again(files)
+    if resume == "latest":
         raise ConfigError(
             f"{files.root} holds no run to resume: leave --resume out to begin one, or say "
             "--resume auto, which resumes what is there and else begins"
@@ -66,8 +68,35 @@ def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path |
     return None
 
 
+def _begin_again(files: RunFiles) -> Path | None:
+    """What a run starts from that was begun and has no checkpoint. Raises ConfigError if it had."""
+    _refuse_lost(files)
+    origin = None
+    if files.environment.is_file():
+        origin = json.loads(files.environment.read_text()).get(FROM)  # an older version has none
+    words = f"from {origin} again" if origin else "it starts anew"
+    log.warning("%s was begun and has saved nothing yet: %s", files.root, words)
+    return find_checkpoint(Path(origin)) if origin else None
+
+
+def _refuse_lost(files: RunFiles) -> None:
+    """Raise ConfigError if the run has saved and its checkpoints are not there: to start anew would
+    delete what is left of it."""
+    if newest_first(files.checkpoints) or not files.log.is_file():
+        return
+    with files.log.open("rb") as lines:
+        has_saved = any(b"  saved step" in line for line in lines)
+    if has_saved:
+        raise ConfigError(
+            f"{files.root} has saved, as {files.log.name} says, but its checkpoints are gone: "
+            f"{files.checkpoints} holds none (is its disk mounted?). Nothing is deleted: put them "
+            "back, or --resume PATH goes on from a copy, and --overwrite starts anew"
+        )
+
+
 def _refuse_another(files: RunFiles) -> None:
     """Raise ConfigError if the folder holds a run."""
+    _refuse_lost(files)
     if newest_first(files.checkpoints):
         raise ConfigError(
             f"{files.root} already holds a run: --resume continues it, --overwrite starts anew, "
@@ -153,7 +182,9 @@ def claim_folder(
         for remains in files.root.glob(f"{files.status.name}.*"):
             remains.unlink()  # of a rank that was killed while it wrote its status
         write_text(files.labels, json.dumps(labels, indent=2) + "\n")
-        write_text(files.environment, json.dumps(environment(ranks), indent=2) + "\n")
+        origin = None if start is None else str(start.resolve())
+        about = {FROM: origin, **environment(ranks)}
+        write_text(files.environment, json.dumps(about, indent=2) + "\n")
         write_text(files.config, token)
 
     run_together(lambda: claim() if ranks.is_main else None, ranks)

@@ -111,6 +111,7 @@ class Trainer:
         self.best = Best()
         self.recovery = Recovery(section, data, ranks) if section.guarded else None
         self._saved: int | None = None  # the step whose checkpoint is the latest
+        self._is_guest = checkpoint is not None and not self.files.holds(checkpoint)
         self._owes_evaluation = False  # one that was broken off, or is under way
         self._faults_before: dict[str, Any] | None = None
         self._unseen = set(section.data.datasets)  # datasets whose batch is still to be pictured
@@ -287,6 +288,8 @@ class Trainer:
         )
         self.watch.at("data", self.drawer.position.step + 1)
         self.console.say(str(self.read_ahead()))
+        if self._is_guest:  # killed from now on, it finds one of its own to go on from
+            self.save(self.drawer.position.step)
         if self._owes_evaluation:
             self.evaluate(self.drawer.position.step)
             self.save(self.drawer.position.step)

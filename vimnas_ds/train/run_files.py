@@ -2,7 +2,7 @@
 
 OUTPUT_DIR/config.json     the configuration as it ran
 OUTPUT_DIR/labels.json     class names by dataset
-OUTPUT_DIR/environment.json  machine and versions of its latest start
+OUTPUT_DIR/environment.json  machine and versions of its latest start, and where it went on from
 OUTPUT_DIR/train.log       every line of the console
 OUTPUT_DIR/tensorboard/    event files
 OUTPUT_DIR/checkpoints/    step00001234/ ..., latest, best
