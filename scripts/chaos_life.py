@@ -16,7 +16,7 @@ from chaos_train import FOLDER, STARTING, Appointment
 from run_processes import find_processes, kill
 from small_run import launch
 
-from vimnas_ds.train.run_files import newest_first
+from vimnas_ds.train.checkpoint_names import checkpoint_step, newest_first
 
 ANYWHERE = "anywhere"  #: a moment: struck from here, at any time
 PATIENCE = 40.0  #: s that ranks get to end by themselves once launcher or runner is gone
@@ -180,4 +180,5 @@ def strike_from_outside(appointment: Appointment, folder: Path, mark: str) -> No
 
 def latest(run: Path) -> int:
     """The step of the checkpoint that a run goes on from; 0: there is none."""
-    return next((int(p.name.removeprefix("step")) for p in newest_first(run / "checkpoints")), 0)
+    steps = (checkpoint_step(path.name) for path in newest_first(run / "checkpoints"))
+    return next(steps, None) or 0

@@ -137,8 +137,9 @@ def configure(args: argparse.Namespace) -> RunConfig:
 
 def prepare(args: argparse.Namespace, watch: Watch) -> Trainer:
     """Check, with all ranks, what can be checked before any work, then set the run up."""
+    from vimnas_ds.train.claim import choose_start
     from vimnas_ds.train.loop import Trainer
-    from vimnas_ds.train.run_files import RunFiles, choose_start
+    from vimnas_ds.train.run_files import RunFiles
     from vimnas_ds.train.warm_start import check_source
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -168,7 +169,7 @@ def prepare(args: argparse.Namespace, watch: Watch) -> Trainer:
     start = Path(found) if found else None
     data = open_data(config.vimnas.data, ranks, Path(args.deepspeed_config))
     settle_on_cpu(config.vimnas.cpu_threads, ranks)
-    trainer = Trainer(config, data, ranks, start, watch)
+    trainer = Trainer(config, data, ranks, start, watch, args.overwrite)
     trainer.console.say(f"ready {time.time() - STARTED:.1f} s after the process started")
     return trainer
 

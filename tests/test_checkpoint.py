@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,21 +18,24 @@ from safetensors.torch import load_file
 
 from scripts import consolidate
 from tests.conftest import ROOT
-from tests.launch import launch
+from tests.launch import launch, run_main
+from tests.small import small_config
 from vimnas_ds import durable
-from vimnas_ds.config import ConfigError
+from vimnas_ds.config import ConfigError, parse_config
 from vimnas_ds.durable import publish_folder
 from vimnas_ds.manifest import MANIFEST, FileEntry, read_manifest, write_manifest
+from vimnas_ds.train import claim
 from vimnas_ds.train.best import Best
 from vimnas_ds.train.checkpoint import finish_save, go_back, prune
+from vimnas_ds.train.checkpoint_names import BEST, LATEST, newest_first
+from vimnas_ds.train.claim import choose_start, claim_folder, hold_folder
+from vimnas_ds.train.ranks import ALONE
 from vimnas_ds.train.run_files import (
     PLAIN_FILES,
+    CannotRead,
     CheckpointError,
     RunFiles,
-    choose_start,
     find_checkpoint,
-    hold_folder,
-    newest_first,
 )
 from vimnas_ds.train.state_file import read_state, write_state
 
@@ -85,6 +90,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, name, da
 WEIGHTS = PLAIN_FILES[0]
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, MANIFEST])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_given_up(run, name, number, monkeypatch):
+    before = sorted(run.root.rglob("*"))
+    whole = Path.open
+
+    def hiccup(path: Path, *args: object, **kwargs: object) -> object:
+        if path == run.checkpoints / "step00000030" / name:
+            raise OSError(number, os.strerror(number), str(path))
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", hiccup)
+    said = rf"step00000030 cannot be read now: .*{os.strerror(number)}.*nothing is deleted"
+    for path in (run.root, run.checkpoints / "step00000030"):
+        with pytest.raises(CannotRead, match=said):
+            find_checkpoint(path)
+    assert sorted(run.root.rglob("*")) == before
+    config = run.root.parent / "config.json"
+    config.write_text(json.dumps(small_config(run.root)))
+    code, errors = run_main("train", ["--deepspeed_config", str(config), "--resume"])
+    assert code == 2
+    assert re.search(said, errors)
+
+
 def test_what_a_tool_does_not_read_may_be_damaged(run):
     (run.checkpoints / "step00000030" / "state.safetensors").unlink()
     assert find_checkpoint(run.root, PLAIN_FILES).name == "step00000030"
@@ -119,6 +148,35 @@ def test_going_back_gives_up_what_came_later(run):
     assert go_back(run.checkpoints, "step00000010") == ["step00000020", "step00000030"]
     assert find_checkpoint(run.root).name == "step00000010"
     assert not (run.checkpoints / "best").exists()
+
+
+def test_a_copy_that_somebody_made_beside_the_checkpoints_is_left_alone(run):
+    copies = [run.checkpoints / name for name in ("step00000010_good", "step30", "steps")]
+    for copy in copies:
+        shutil.copytree(run.checkpoints / "step00000010", copy)
+    prune(run.checkpoints, 1)
+    assert [p.name for p in newest_first(run.checkpoints)] == ["step00000030"]
+    shutil.copytree(run.checkpoints / "step00000030", run.checkpoints / "step00000020")
+    assert go_back(run.checkpoints, "step00000020") == ["step00000030"]
+    assert all((copy / WEIGHTS).is_file() for copy in copies)
+    assert find_checkpoint(run.root).name == "step00000020"
+    assert find_checkpoint(copies[0]) == copies[0]  # it may be read, by its path
+    with pytest.raises(ConfigError, match=r"step00000010_good has not the name of a checkpoint"):
+        choose_start(run, str(copies[0]), False)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe step", b"step000\0\0\0", b""])
+def test_latest_and_best_of_any_bytes_name_nothing_and_hide_nothing(run, content):
+    (run.checkpoints / LATEST).write_bytes(content)
+    (run.checkpoints / BEST).write_bytes(content)
+    assert find_checkpoint(run.root).name == "step00000030"
+    for name in (LATEST, BEST):
+        with pytest.raises(CheckpointError, match="no checkpoint at"):
+            find_checkpoint(run.checkpoints / name)
+    finish_save(run.checkpoints, 2, None)
+    assert [p.name for p in newest_first(run.checkpoints)] == ["step00000030", "step00000020"]
+    assert go_back(run.checkpoints, "step00000020") == ["step00000030"]
+    assert find_checkpoint(run.checkpoints / LATEST).name == "step00000020"
 
 
 def test_the_only_checkpoint_is_found_by_the_next_run_and_left_alone_by_readers(tmp_path):
@@ -157,7 +215,8 @@ def full(*_: object) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from vimnas_ds.train.run_files import RunFiles, hold_folder
+from vimnas_ds.train.claim import hold_folder
+from vimnas_ds.train.run_files import RunFiles
 hold_folder(RunFiles(Path(sys.argv[1])))
 print("held", flush=True)
 time.sleep(60)
@@ -176,6 +235,76 @@ def test_two_processes_do_not_write_one_run(run):
     hold_folder(run, seconds=5)
 
 
+@pytest.mark.parametrize(
+    ("resume", "comes_of_it"),
+    [(None, "already holds a run"), ("elsewhere", "a run of its own"), ("auto", None)],
+)
+def test_what_another_process_saves_before_it_ends_is_seen(
+    resume, comes_of_it, tmp_path, monkeypatch
+):
+    """It holds the folder when this one asks for it, and saves for the first time."""
+    run, other = RunFiles(tmp_path / "run"), fake(tmp_path / "other" / "checkpoints", 5)
+    run.root.mkdir()
+    run.config.write_text("{}")
+
+    def flock(*_: object) -> None:
+        if not run.checkpoints.exists():
+            fake(run.checkpoints, 1)
+            raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(claim.time, "sleep", lambda _: None)
+    resume = str(other) if resume == "elsewhere" else resume
+    if comes_of_it is None:
+        assert choose_start(run, resume, False) == run.checkpoints / "step00000001"
+    else:
+        with pytest.raises(ConfigError, match=comes_of_it):
+            choose_start(run, resume, False)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_another_process_began_meanwhile_is_not_deleted(
+    elsewhere, tmp_path, monkeypatch
+):
+    """There was no folder when the start was chosen; data were opened since."""
+    monkeypatch.setattr(claim, "gather_objects", lambda value: [value])
+    run = RunFiles(tmp_path / "run")
+    start = fake(tmp_path / "other" / "checkpoints", 5) if elsewhere else None
+    assert choose_start(run, str(start) if start else None, False) == start
+    theirs = fake(run.checkpoints, 1)
+    config = parse_config(small_config(run.root))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        claim_folder(run, config, {}, ALONE, start, False)
+    assert find_checkpoint(run.root) == theirs
+    monkeypatch.setattr(claim, "_held", {})  # as in a process that asks for the folder now
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    claim_folder(run, config, {}, ALONE, None, True)
+    assert not theirs.exists()
+    fake(run.checkpoints, 2)
+    claim_folder(run, config, {}, ALONE, None, False)  # the folder is held, and was looked at then
+    assert not run.checkpoints.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_said_once_and_written_all_the_same(
+    run, number, monkeypatch, caplog
+):
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert choose_start(run, "latest", False) == run.checkpoints / "step00000030"
+    hold_folder(run)
+    assert caplog.text.count("cannot be locked") == 1
+    assert f"({os.strerror(number)}): see that only one process writes it" in caplog.text
+
+
+def test_a_lock_that_fails_otherwise_ends_the_start(run, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", full)
+    with pytest.raises(OSError, match="No space left"):
+        hold_folder(run)
+
+
 def test_what_resume_means(run, tmp_path):
     assert choose_start(run, "latest", False) == run.checkpoints / "step00000030"
     assert choose_start(run, "auto", False) == run.checkpoints / "step00000030"
@@ -189,12 +318,45 @@ def test_what_resume_means(run, tmp_path):
         (damaged / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="no undamaged checkpoint"):  # never from the start
         choose_start(run, "latest", False)
-    shutil.rmtree(run.checkpoints)
-    assert choose_start(run, "latest", False) is None  # it was begun and has saved nothing
+    begun = RunFiles(tmp_path / "begun")
+    begun.root.mkdir()
+    begun.config.write_text("{}")
+    begun.log.write_text("2026-01-01  step 900/1000  e0\n")  # it was killed before its first save
+    for resume in ("latest", "auto", None):
+        assert choose_start(begun, resume, False) is None
     nothing = RunFiles(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="holds no run to resume: leave --resume out"):
         choose_start(nothing, "latest", False)
     assert choose_start(nothing, "auto", False) is None
+
+
+@pytest.mark.parametrize("resume", ["latest", "auto", None])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(run, resume, tmp_path):
+    """The scratch disk is not mounted."""
+    copy = fake(tmp_path / "copy" / "checkpoints", 20)
+    run.log.write_text("2026-01-01  step 30/90  e0\n2026-01-01  saved step00000030: 2.3 MB\n")
+    for name in ("unmounted", "empty"):
+        run.checkpoints.rename(tmp_path / name)
+        with pytest.raises(ConfigError, match=r"its checkpoints are gone: .*Nothing is deleted"):
+            choose_start(run, resume, False)
+        run.checkpoints.mkdir()
+    assert choose_start(run, str(copy), False) == copy
+    assert choose_start(run, None, True) is None
+
+
+def test_a_run_that_died_before_its_first_save_begins_again_where_it_began(
+    run, tmp_path, monkeypatch
+):
+    """From another run's checkpoint, not from the start."""
+    monkeypatch.setattr(claim, "gather_objects", lambda value: [value])
+    guest = RunFiles(tmp_path / "guest")
+    start = run.checkpoints / "step00000020"
+    config = parse_config(small_config(guest.root))
+    claim_folder(guest, config, {}, ALONE, start, False)
+    assert choose_start(guest, "latest", False) == choose_start(guest, "auto", False) == start
+    start.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*step00000020"):
+        choose_start(guest, "auto", False)
 
 
 def test_best_starts_anew_with_other_datasets():

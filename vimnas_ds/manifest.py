@@ -18,7 +18,8 @@ FORMAT = 1
 
 
 class Damaged(ValueError):
-    """A folder that does not hold what was written; the message names the file."""
+    """A folder that does not hold what was written; the message names the file. What a disk cannot
+    read at the moment (an OSError other than a missing file) is not known to be damaged."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def write_manifest(folder: Path, files: Mapping[str, FileEntry], about: Mapping[
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises Damaged, in words, where there is none or it is not as it was written."""
+    """Raises Damaged, in words, where there is none or it is not as it was written, and OSError
+    where it cannot be read."""
     path = folder / MANIFEST
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -66,7 +68,7 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: FileEntry(*entry) for name, entry in body["files"].items()}
     except FileNotFoundError as err:
         raise Damaged(f"{path} is missing: the folder was never finished") from err
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
         if isinstance(err, Damaged):
             raise
         raise Damaged(f"{path} cannot be read: {err}") from err
@@ -79,7 +81,7 @@ def read_manifest(folder: Path) -> Manifest:
 def verify(folder: Path, names: Iterable[str] | None = None) -> Manifest:
     """The manifest, once the files (all, or `names`) are proved to be what it says.
 
-    Reads them whole. Raises Damaged, naming the file.
+    Reads them whole. Raises Damaged, naming the file, and OSError where one cannot be read.
     """
     manifest = read_manifest(folder)
     for name in manifest.files if names is None else names:
@@ -88,8 +90,8 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> Manifest:
             raise Damaged(f"{folder / MANIFEST} names no {name}")
         try:
             found = FileEntry.of(path)
-        except OSError as err:
-            raise Damaged(f"{path} cannot be read: {err.strerror}") from err
+        except FileNotFoundError as err:
+            raise Damaged(f"{path} is missing") from err
         wanted = manifest.files[name]
         if found.size != wanted.size:
             raise Damaged(f"{path} has {found.size:,} bytes, {wanted.size:,} were written")

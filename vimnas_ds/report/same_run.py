@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
+from vimnas_ds.train.checkpoint_names import BEST, LATEST, checkpoints_in, named
+
 #: tags whose values measure time; their steps are compared all the same
 TIMED_TAGS = frozenset({"train/samples_per_s", "train/data_time_ms"})
 #: lists of broken files, told when the run next saves or logs (a run that is asked to stop saves
@@ -28,8 +30,6 @@ TOLD_LATER = "data/unusable/"
 TIMED_FIELDS = re.compile(r"  (?:[\d.]+ samples/s|data \d+ ms|eta \S+(?: \d+h)?|mem [\d.]+ GiB)")
 #: where a run's own folder stands in its JSON files
 OWN_PATHS = {"summary.json": ("tensorboard", "checkpoints"), "config.json": ("vimnas.output_dir",)}
-#: files that name a checkpoint beside them
-NAMES = ("latest", "best")
 
 STEP_LINE = re.compile(r"^\S+  (step (\d+)/\d+  .*|select at step (\d+): .*)$")
 
@@ -48,11 +48,8 @@ def checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
     """Of two folders of checkpoints: every file of those that both keep is equal, and both keep the
     latest and the best. (A run that is asked to stop saves where it is, and therefore keeps others
     of the older ones.)"""
-    steps = [{p.name for p in root.glob("step*")} for root in (a, b)]
-    named = {
-        (root / n).read_text().strip() for root in (a, b) for n in NAMES if (root / n).exists()
-    }
-    older = (steps[0] ^ steps[1]) - named
+    steps = [{p.name for p in checkpoints_in(root)} for root in (a, b)]
+    older = (steps[0] ^ steps[1]) - {named(root, n) for root in (a, b) for n in (LATEST, BEST)}
     names = [
         sorted(str(p.relative_to(root)) for p in root.rglob("*") if not older & {*p.parts})
         for root in (a, b)

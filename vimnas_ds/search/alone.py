@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.space import Arch
+from vimnas_ds.train.checkpoint_names import LATEST
 from vimnas_ds.train.ranks import free_port, has_gpu
 from vimnas_ds.train.run_files import RunFiles, config_object, find_checkpoint
 from vimnas_ds.train.schedule import Schedule
@@ -193,7 +194,7 @@ class Trainings:
     def _finish(self, number: int, code: int, seconds: float) -> None:
         folder = self.folder(number)
         files = RunFiles(folder)
-        if code != 0 or not (files.checkpoints / "latest").is_file():
+        if code != 0 or not (files.checkpoints / LATEST).is_file():
             log = folder / "console.log"
             lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
             raise TrainingFailed(
@@ -201,7 +202,7 @@ class Trainings:
                 f"last lines of {log}:\n" + "\n".join(f"  {line}" for line in lines)
             )
         checkpoint = find_checkpoint(folder)
-        (files.checkpoints / "latest").unlink()
+        (files.checkpoints / LATEST).unlink()
         for shard in checkpoint.glob("rank*.safetensors"):
             shard.unlink()
         result = {"checkpoint": str(checkpoint.relative_to(folder)), "seconds": round(seconds, 1)}

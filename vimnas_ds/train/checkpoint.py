@@ -36,6 +36,14 @@ from vimnas_ds.durable import (
 from vimnas_ds.manifest import Damaged, FileEntry, read_manifest, write_manifest
 from vimnas_ds.seeds import derive_seed
 from vimnas_ds.tensor_file import save_tensors
+from vimnas_ds.train.checkpoint_names import (
+    BEST,
+    LATEST,
+    checkpoint_name,
+    checkpoints_in,
+    named,
+    newest_first,
+)
 from vimnas_ds.train.engine import Engine
 from vimnas_ds.train.fragments import (
     elementwise,
@@ -47,14 +55,10 @@ from vimnas_ds.train.fragments import (
 from vimnas_ds.train.ranks import CannotStart, Ranks, gather_objects, run_together
 from vimnas_ds.train.run_files import (
     ALPHAS_FILE,
-    BEST,
     EMA_FILE,
-    LATEST,
     POSITION_FILE,
     WEIGHTS_FILE,
     CheckpointError,
-    checkpoint_name,
-    newest_first,
 )
 from vimnas_ds.train.state_file import read_state, write_state
 
@@ -139,9 +143,7 @@ def finish_save(root: Path, keep: int, best: int | None, spared: Collection[int]
 def prune(root: Path, keep: int, spared: Collection[int] = ()) -> None:
     """Delete all but the newest `keep` checkpoints, the best and those of the steps `spared`;
     remains of dead saves too."""
-    stay = {checkpoint_name(step) for step in spared}
-    if (root / BEST).is_file():
-        stay.add((root / BEST).read_text().strip())
+    stay = {named(root, BEST), *map(checkpoint_name, spared)}
     for old in newest_first(root)[keep:]:
         if old.name not in stay:
             discard(old)
@@ -154,9 +156,10 @@ def prune(root: Path, keep: int, spared: Collection[int] = ()) -> None:
 
 def go_back(root: Path, tag: str) -> list[str]:
     """Make `tag` the latest checkpoint again; returns the names of the later ones, now deleted."""
-    later = sorted(p.name for p in root.glob("step*") if p.is_dir() and p.name > tag)
+    names = [path.name for path in checkpoints_in(root)]
+    later = names[names.index(tag) + 1 :]
     write_text(root / LATEST, tag)
-    if (root / BEST).is_file() and (root / BEST).read_text().strip() in later:
+    if named(root, BEST) in later:
         (root / BEST).unlink()
     for name in later:
         discard(root / name)

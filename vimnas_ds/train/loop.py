@@ -34,7 +34,9 @@ from vimnas_ds.train.checkpoint import (
     save_checkpoint,
     seed_generators,
 )
+from vimnas_ds.train.checkpoint_names import checkpoint_name
 from vimnas_ds.train.circumstances import main_settings
+from vimnas_ds.train.claim import claim_folder
 from vimnas_ds.train.engine import build_engine, build_supernet, start_weights
 from vimnas_ds.train.evaluate import Evaluator, Score
 from vimnas_ds.train.faults import FaultReport
@@ -49,7 +51,7 @@ from vimnas_ds.train.ranks import (
     run_together,
 )
 from vimnas_ds.train.recovery import Recovery, Taken, rewind, show
-from vimnas_ds.train.run_files import RunFiles, check_same_network, checkpoint_name, claim_folder
+from vimnas_ds.train.run_files import RunFiles, check_same_network
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
 from vimnas_ds.train.status import Exit, Status
 from vimnas_ds.train.step import WeightStepper
@@ -74,7 +76,8 @@ class Preempted(Exception):
 
 
 class Trainer:
-    """One run on this rank; `run` trains to the end. `checkpoint`: where to resume from."""
+    """One run on this rank; `run` trains to the end. `checkpoint`: where to resume from;
+    `overwrite`: an earlier run in its folder may be deleted (both: see `claim.choose_start`)."""
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class Trainer:
         ranks: Ranks,
         checkpoint: Path | None = None,
         watch: Watch | None = None,
+        overwrite: bool = False,
     ):
         self.watch = watch or Watch()
         section = config.vimnas
@@ -107,6 +111,7 @@ class Trainer:
         self.best = Best()
         self.recovery = Recovery(section, data, ranks) if section.guarded else None
         self._saved: int | None = None  # the step whose checkpoint is the latest
+        self._is_guest = checkpoint is not None and not self.files.holds(checkpoint)
         self._owes_evaluation = False  # one that was broken off, or is under way
         self._faults_before: dict[str, Any] | None = None
         self._unseen = set(section.data.datasets)  # datasets whose batch is still to be pictured
@@ -118,7 +123,7 @@ class Trainer:
             later = run_together(lambda: self._give_up_later(checkpoint), ranks)
             self.forget_missing()
         labels = {name: catalog.class_names for name, catalog in data.catalogs.items()}
-        claim_folder(self.files, config, labels, ranks, checkpoint is None)  # the run has begun
+        claim_folder(self.files, config, labels, ranks, checkpoint, overwrite)  # it has begun
         is_image = {name: d.is_image for name, d in section.data.datasets.items()}
         sandwich = section.sandwich.random if section.sandwich is not None else None
         self.drawer = Drawer(self.schedule, space, is_image, section.seed, position, sandwich)
@@ -148,8 +153,7 @@ class Trainer:
 
     def _give_up_later(self, checkpoint: Path) -> list[str]:
         """The run goes on from `checkpoint`: names of its later ones, deleted by the main rank."""
-        is_ours = checkpoint.parent.resolve() == self.files.checkpoints.resolve()
-        if not is_ours or not self.ranks.is_main:
+        if not self.files.holds(checkpoint) or not self.ranks.is_main:
             return []
         later = go_back(checkpoint.parent, checkpoint.name)
         self.finish_save()
@@ -284,6 +288,8 @@ class Trainer:
         )
         self.watch.at("data", self.drawer.position.step + 1)
         self.console.say(str(self.read_ahead()))
+        if self._is_guest:  # killed from now on, it finds one of its own to go on from
+            self.save(self.drawer.position.step)
         if self._owes_evaluation:
             self.evaluate(self.drawer.position.step)
             self.save(self.drawer.position.step)

@@ -17,6 +17,7 @@ from vimnas_ds.config import ConfigError, VimnasSection
 from vimnas_ds.data.joint import JointData
 from vimnas_ds.report.board import Board
 from vimnas_ds.train.checkpoint import go_back
+from vimnas_ds.train.checkpoint_names import checkpoint_name
 from vimnas_ds.train.guard import Event, Guard, NotSound, Rewinds, Seen, chance_of
 from vimnas_ds.train.ranks import (
     CannotStart,
@@ -25,7 +26,7 @@ from vimnas_ds.train.ranks import (
     run_together,
     sum_over_ranks,
 )
-from vimnas_ds.train.run_files import CheckpointError, checkpoint_name, find_checkpoint
+from vimnas_ds.train.run_files import CheckpointError, find_checkpoint
 from vimnas_ds.train.schedule import DataCursor
 from vimnas_ds.train.step import StepResult
 
@@ -124,7 +125,8 @@ def show(rewinds: Rewinds, board: Board, step: int, *more: str) -> None:
 def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
     """Put the run back to a good checkpoint, past the data that it has met since (collective).
 
-    Raises NotSound when that was done too often near here, or no checkpoint is whole.
+    Raises NotSound when that was done too often near here, or no checkpoint is whole; also where
+    one cannot be read, and then nothing is given up.
     """
     position, rewinds, ranks = trainer.drawer.position, recovery.rewinds, trainer.ranks
     trainer.watch.at("rewind", position.step)
