@@ -220,6 +220,57 @@ def test_what_is_waited_for_in_vain_ends_in_time_and_says_so() -> None:
         assert done.stdout == (f"75 {last}\n" if case.startswith("begun") else "")
 
 
+RANKS = """
+import os, sys, threading, time
+import torch.distributed as dist
+from vimnas_ds.config import FaultsSection
+from vimnas_ds.train import watch as module
+from vimnas_ds.train.ranks import Ranks
+
+watch = module.Watch()
+watch.start()
+dist.init_process_group("gloo")
+watch.join(Ranks(watch.rank, 2, "cpu"))
+values = {**vars(FaultsSection()), "silent_seconds": 5.0, "stuck_minutes": 5 / 60}
+watch.set_limits(FaultsSection.model_construct(**values))
+watch.begin(print)
+while True:
+    watch.at("step", 1)
+    print("step", flush=True)
+    time.sleep(0.2)
+"""
+
+
+def test_a_suspended_run_goes_on_and_a_rank_that_alone_is_stopped_is_found() -> None:
+    """All are stopped for longer than silence, and a step, may last."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", RANKS]
+    zero = subprocess.Popen(command, env={**env, "RANK": "0"}, process_group=0, **pipe)
+    group = zero.pid
+    one = subprocess.Popen(command, env={**env, "RANK": "1"}, process_group=group, **pipe)
+    try:
+        for rank in (zero, one):
+            assert rank.stdout.readline() == "step\n"
+        for _ in range(2):
+            os.killpg(group, signal.SIGSTOP)
+            time.sleep(9)
+            os.killpg(group, signal.SIGCONT)
+            time.sleep(1.5)
+        assert (zero.poll(), one.poll()) == (None, None)
+        one.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        errors = zero.communicate(timeout=30)[1]
+        assert 3 < time.monotonic() - stopped < 10
+        assert zero.returncode == Exit.FAILED
+        assert errors.startswith("rank 1 has not been heard of for 5 s: process ")
+    finally:
+        for rank in (zero, one):
+            rank.kill()
+            rank.communicate()
+
+
 @pytest.fixture(scope="module")
 def ready(folder: Path) -> Path:
     """The demo set with its indexes, of whose building no run says anything."""
@@ -233,8 +284,11 @@ class Ended(NamedTuple):
     status: dict[str, object]
 
 
-def misbehaving(folder: Path, name: str, what: str, *args: str, within: float = 30) -> Ended:
-    """A run of two ranks in folder/name in which `what` happens (see launched/misbehave.py).
+def misbehaving(
+    folder: Path, name: str, what: str, *args: str, within: float = 30, suspended: float = 0
+) -> Ended:
+    """A run of two ranks in folder/name in which `what` happens (see launched/misbehave.py), all of
+    it continued after `suspended` seconds.
 
     Fails unless no process of it is left `within` seconds after that.
     """
@@ -260,6 +314,9 @@ def misbehaving(folder: Path, name: str, what: str, *args: str, within: float = 
         deadline = time.monotonic() + 300
         while runner.poll() is None and not acted.exists() and time.monotonic() < deadline:
             time.sleep(0.2)
+        if suspended:
+            time.sleep(suspended)
+            os.killpg(runner.pid, signal.SIGCONT)
         deadline = time.monotonic() + within
         while (left := of_session(runner.pid)) and time.monotonic() < deadline:
             runner.poll()
@@ -296,11 +353,20 @@ def of_session(session: int) -> list[psutil.Process]:
         ("sleep 1 data 5", "rank 1 has been in 'data' at step 5 for ", 1),
         ("full 0 data 5", r"rank 0 stopped: .*No space left on device.*good checkpoint: none", 3),
         ("draw 1 data 5", r"rank \d stopped: step 4, .*: ranks \[1\] differ from rank 0", 3),
+        ("stop-worker 1 data 5", r"rank 1 has not been heard of for 10 s: process \d+ on ", 1),
+        ("stop-worker 0 data 5", r"rank 0 has not been heard of for 10 s: process \d+ on ", 1),
     ],
 )
 def test_a_rank_that_fails_is_named_on_the_first_line(ready, what, first_line, code):
-    limits = ["--set", "vimnas.faults.stuck_minutes=0.2"]
-    ended = misbehaving(ready, "failing", what, "--overwrite", *limits)
+    limits = [
+        "--set",
+        "vimnas.faults.stuck_minutes=0.2",
+        "--set",
+        "vimnas.faults.silent_seconds=10",
+    ]
+    # a stopped rank minds no SIGTERM: its launcher kills it 30 s later
+    within = 60 if "stop" in what else 30
+    ended = misbehaving(ready, "failing", what, "--overwrite", *limits, within=within)
     assert re.match(first_line, ended.errors[0])
     assert ended.status["state"] == ("stopped" if code == Exit.STOPPED else "failed")
     assert ended.status["exit_code"] == code
@@ -313,6 +379,20 @@ def test_a_rank_that_fails_is_named_on_the_first_line(ready, what, first_line, c
         assert "in misbehave\n" in errors.partition("Current thread")[2]  # its own stack
     if "raise" in what:
         assert "Traceback" in ended.errors[1]
+
+
+@pytest.mark.endurance
+def test_a_run_whose_launchers_and_ranks_are_all_suspended_goes_on_when_continued(ready):
+    limits = [
+        "--set",
+        "vimnas.faults.stuck_minutes=0.2",
+        "--set",
+        "vimnas.faults.silent_seconds=10",
+    ]
+    ended = misbehaving(
+        ready, "suspended", "stop-group 1 data 5", "--overwrite", *limits, within=300, suspended=25
+    )
+    assert (ended.code, ended.status["state"], ended.status["step"]) == (0, "done", 36)
 
 
 @pytest.mark.endurance

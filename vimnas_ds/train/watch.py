@@ -9,6 +9,8 @@ the log and in status.json.
         not saved within vimnas.faults.grace_seconds: the end
     a second signal                          -> the end
     a rank that died, fell silent, is stuck, or failed and said why -> the end, everywhere
+
+All times are of an awake clock: what a suspended run could not do meanwhile is held against nobody.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from vimnas_ds.config import FaultsSection
+from vimnas_ds.train.awake import AwakeClock
 from vimnas_ds.train.launchers import Launchers
 from vimnas_ds.train.pulse import (
     BEAT,
@@ -66,7 +69,8 @@ class Watch:
         #: says what `end` says in the run's files: (first line, code); called on one rank
         self.last_words: Callable[[str, Exit], None] | None = None
         self._beat = Beat(self.rank, os.getpid(), platform.node())
-        self._since = time.monotonic()  # when the activity began, or last went on
+        self._clock = AwakeClock()
+        self._since = self._clock.now()  # when the activity began, or last went on
         self._stopped: tuple[str, float] | None = None  # why, and when
         self._leaving: tuple[Exit, float] | None = None
         self._begun = self._met = False
@@ -84,12 +88,12 @@ class Watch:
     def at(self, activity: str, step: int) -> None:
         """This rank begins with `activity` of `step` (counted from 1); all ranks begin the same
         ones in the same order."""
-        self._since = time.monotonic()
+        self._since = self._clock.now()
         self._beat = replace(self._beat, activity=activity, step=step, begun=self._beat.begun + 1)
 
     def go_on(self) -> None:
         """The activity is getting on."""
-        self._since = time.monotonic()
+        self._since = self._clock.now()
 
     def stop_asked(self) -> bool:
         """Whether some rank has been asked to stop. Ranks learn it at different times: what they
@@ -100,7 +104,7 @@ class Watch:
 
     def start(self) -> None:
         """From now on signals and launchers are watched, and the time until all ranks have met."""
-        self._since = time.monotonic()
+        self._since = self._clock.now()
         self._signals, told = os.pipe()
         os.set_blocking(told, False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
@@ -143,7 +147,7 @@ class Watch:
         if self._signals is not None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
-        self._leaving = (code, time.monotonic())
+        self._leaving = (code, self._clock.now())
         self._send_beat()
 
     # -- the end ----------------------------------------------------------------------------------
@@ -208,8 +212,8 @@ class Watch:
                         self._signalled(signal.Signals(number))
             if line and line.connection in ready:
                 self._hear(line.receive())
-            if time.monotonic() - sent >= BEAT:
-                sent = time.monotonic()
+            if self._clock.now() - sent >= BEAT:
+                sent = self._clock.now()
                 self._look_after_launchers()
                 self._look_at_clock()
                 self._send_beat()
@@ -217,7 +221,7 @@ class Watch:
     def _signalled(self, number: signal.Signals) -> None:
         if self._leaving:
             return
-        now = time.monotonic()
+        now = self._clock.now()
         self._first_signal = self._first_signal or now
         if now - self._first_signal > ECHO:
             self._post(f"received {number.name} again: ends at once", Exit.RESUMABLE)
@@ -232,7 +236,7 @@ class Watch:
     def _stop(self, why: str) -> None:
         if self._stopped or self._leaving:
             return
-        self._stopped = why, time.monotonic()
+        self._stopped = why, self._clock.now()
         if self._begun:
             _shout(f"{why}: saving and stopping\n")
         else:
@@ -244,7 +248,7 @@ class Watch:
         return self._stopped[0] if self._stopped else "another rank was asked to stop"
 
     def _look_at_clock(self) -> None:
-        now, grace = time.monotonic(), self.limits.grace_seconds
+        now, grace = self._clock.now(), self.limits.grace_seconds
         if not self._met and not self._leaving and now - self._since > MEETING:
             self._post(
                 f"has waited {MEETING:g} s for the ranks to meet: one of "
@@ -273,7 +277,7 @@ class Watch:
                 self._obey(died(last))
             return
         if isinstance(zero := message["zero"], dict):
-            self._zero = Beat(**zero), time.monotonic()
+            self._zero = Beat(**zero), self._clock.now()
         if isinstance(stop := message["stop"], str):
             self._stop(stop)
         if isinstance(verdict := message["verdict"], dict) and not self._leaving:
@@ -287,7 +291,7 @@ class Watch:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         beat = replace(
             self._beat,
-            held=time.monotonic() - self._since,
+            held=self._clock.now() - self._since,
             collective=_is_in_collective(frame),
             where=_name(frame),
             stop=self._stopped[0] if self._stopped else None,
