@@ -179,8 +179,9 @@ from vimnas_ds.train import watch as module
 module.MEETING = 1.0 if "alone" in sys.argv else 600.0
 watch = module.Watch()
 watch.start()
-if "alone" in sys.argv:  # the others never come
-    time.sleep(100)
+if "alone" in sys.argv:  # the others never come, or there are none
+    time.sleep(100 if os.environ["WORLD_SIZE"] == "2" else 3)
+    sys.exit()
 if "begun" in sys.argv:
     watch.begin(lambda text, code: print(code, text, flush=True))
 watch.limits = FaultsSection(grace_seconds=1.0 if "late" in sys.argv else 60.0)
@@ -269,6 +270,13 @@ def test_a_suspended_run_goes_on_and_a_rank_that_alone_is_stopped_is_found() -> 
         for rank in (zero, one):
             rank.kill()
             rank.communicate()
+
+
+def test_one_process_waits_for_nobody_however_long_its_start_takes() -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "1"}
+    command = [sys.executable, "-c", SLEEPER, "alone"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture(scope="module")

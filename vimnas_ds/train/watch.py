@@ -73,7 +73,8 @@ class Watch:
         self._since = self._clock.now()  # when the activity began, or last went on
         self._stopped: tuple[str, float] | None = None  # why, and when
         self._leaving: tuple[Exit, float] | None = None
-        self._begun = self._met = False
+        self._begun = False
+        self._met = os.environ.get("WORLD_SIZE", "1") == "1"  # one rank has nobody to meet
         self._hub: Hub | None = None
         self._line: Line | None = None
         self._zero: tuple[Beat, float] | None = None  # what rank 0 did, and when it said so
@@ -252,7 +253,7 @@ class Watch:
         if not self._met and not self._leaving and now - self._since > MEETING:
             self._post(
                 f"has waited {MEETING:g} s for the ranks to meet: one of "
-                f"{os.environ.get('WORLD_SIZE', '1')} did not start, or cannot reach "
+                f"{os.environ.get('WORLD_SIZE')} did not start, or cannot reach "
                 f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}; see what "
                 "each machine printed",
                 Exit.FAILED,
