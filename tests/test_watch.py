@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import psutil
 import pytest
@@ -27,8 +27,9 @@ from tests.launch import free_port
 from vimnas_ds.config import load_config
 from vimnas_ds.data.joint import open_datasets
 from vimnas_ds.train.launchers import Launchers, Program, to_watch
-from vimnas_ds.train.pulse import PATIENCE, Beat, Hub, Line, connect, find_stuck
+from vimnas_ds.train.pulse import PATIENCE, Beat, Hub, Line, Verdict, connect, find_stuck
 from vimnas_ds.train.status import Exit
+from vimnas_ds.train.watch import Watch
 
 RUNNER = Program("deepspeed", ("/bin/python", "/bin/deepspeed", "scripts/train.py"), 7)
 LAUNCH = Program("python", ("/bin/python", "-u", "-m", "deepspeed.launcher.launch", "train.py"), 8)
@@ -169,6 +170,29 @@ def test_a_stranger_who_says_nothing_keeps_no_rank_waiting() -> None:
 def test_ranks_of_one_machine_meet_where_no_other_reaches() -> None:
     assert Hub(2, "127.0.0.1")._server.getsockname()[0] == "127.0.0.1"
     assert Hub(2, "node1")._server.getsockname()[0] in ("::", "0.0.0.0")
+
+
+def test_a_long_error_is_cut_for_the_others_and_said_whole_by_its_own_rank(monkeypatch) -> None:
+    def end(self: Watch, text: str, *rest: object) -> NoReturn:
+        raise SystemExit(text + "\n" + self._details)
+
+    monkeypatch.setattr(Watch, "_end", end)
+    hub, watch = Hub(2), Watch()
+    watch.rank, watch._line, other = 1, member(hub, 1), member(hub, 0)
+    with pytest.raises(SystemExit) as ended:
+        watch.fail(ValueError("first, " + 20_000 * "\N{GRINNING FACE}"), Exit.STOPPED)
+    found = heard(other, "verdict")
+    assert isinstance(found, dict)
+    assert found["text"].startswith("rank 1 stopped: first, \N{GRINNING FACE}")
+    assert found["text"].endswith(" ... (cut: 20,023 characters)")
+    said = str(ended.value).splitlines()
+    assert said == [found["text"], "rank 1 stopped: first, " + 20_000 * "\N{GRINNING FACE}"]
+    many = Hub(1)
+    one = member(many, 0)
+    many.find(Verdict(f"ranks {[*range(20_000)]} have been in 'step'", (0,)))
+    found = heard(one, "verdict")
+    assert isinstance(found, dict)
+    assert found["text"].startswith("ranks [0, 1, 2")
 
 
 SLEEPER = """

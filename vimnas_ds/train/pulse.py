@@ -21,7 +21,7 @@ import socket
 import struct
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -32,6 +32,8 @@ from vimnas_ds.train.status import Exit
 BEAT = 1.0
 #: Bytes of a message, and seconds for its bytes to follow one another.
 LONGEST, PATIENCE = 2**16, 5
+#: Characters of a verdict's text, at most 12 bytes each as JSON: what else is said fits beside it.
+LONGEST_TEXT = 4000
 #: Times the limit that an activity may take: before the run has begun an index may be built, and
 #: a checkpoint may go to slow storage.
 ALLOWANCE = {"start": math.inf, "save": 3.0, "rewind": 3.0}
@@ -65,6 +67,14 @@ class Verdict:
     text: str
     ranks: tuple[int, ...]  #: the culprits
     code: int = Exit.FAILED
+
+
+def shortened(text: str) -> str:
+    """As much of a verdict's text as a message can hold."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    mark = f" ... (cut: {len(text):,} characters)"
+    return text[: LONGEST_TEXT - len(mark)] + mark
 
 
 def died(beat: Beat) -> Verdict:
@@ -189,7 +199,7 @@ class Hub:
         """A verdict to tell all ranks; the first one counts, for it is the cause of the others."""
         if self.verdict is None and verdict is not None:
             self._told.clear()
-            self.verdict = verdict
+            self.verdict = replace(verdict, text=shortened(verdict.text))
 
     def wait_until_told(self, seconds: float) -> None:
         """Until every rank has the verdict, or the wish to stop."""

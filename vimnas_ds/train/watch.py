@@ -43,6 +43,7 @@ from vimnas_ds.train.pulse import (
     connect,
     died,
     fell_silent,
+    shortened,
     verdict_of,
 )
 from vimnas_ds.train.ranks import CannotStart, Ranks
@@ -167,7 +168,10 @@ class Watch:
 
     def _post(self, what: str, code: Exit) -> NoReturn:
         """End all ranks: what this one did."""
-        verdict = Verdict(f"rank {self.rank} {what}", (self.rank,), code)
+        text = f"rank {self.rank} {what}"
+        verdict = Verdict(shortened(text), (self.rank,), code)
+        if verdict.text != text:  # this rank says all of it
+            self._details = self._details or f"{text}\n"
         self._posted = True
         if self._hub is not None:
             self._hub.find(verdict)
