@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
 
 import psutil
@@ -193,6 +195,32 @@ def test_a_long_error_is_cut_for_the_others_and_said_whole_by_its_own_rank(monke
     found = heard(one, "verdict")
     assert isinstance(found, dict)
     assert found["text"].startswith("ranks [0, 1, 2")
+
+
+def test_the_last_beat_of_a_rank_that_leaves_says_so(monkeypatch) -> None:
+    """One that the watch made just before is still on its way."""
+    sent: list[bool] = []
+    made, send = threading.Event(), threading.Event()
+
+    def slow(beat: Beat) -> dict[str, object]:
+        if not made.is_set():
+            made.set()
+            send.wait(10)
+        return asdict(beat)
+
+    monkeypatch.setattr("vimnas_ds.train.watch.asdict", slow)
+    watch = Watch()
+    watch._line = SimpleNamespace(send=lambda beat: sent.append(beat["leaving"]))
+    threads = [threading.Thread(target=watch._send_beat)]
+    threads.append(threading.Thread(target=watch.leave, args=(Exit.DONE,)))
+    threads[0].start()
+    made.wait(10)
+    threads[1].start()
+    threads[1].join(0.5)
+    send.set()
+    for thread in threads:
+        thread.join(10)
+    assert sent == [False, True]
 
 
 SLEEPER = """

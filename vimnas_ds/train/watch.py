@@ -83,6 +83,7 @@ class Watch:
         self._posted = False  # a verdict of this rank's own
         self._signals: int | None = None  # where the numbers of signals are read; None: not started
         self._ending = threading.Lock()
+        self._telling = threading.Lock()  # beats are sent in the order in which they are made
         self._details = ""
 
     # -- what the trainer says ------------------------------------------------------------------
@@ -293,17 +294,18 @@ class Watch:
         self._end(verdict.text, Exit(verdict.code), self._speaks(verdict), dump=mine)
 
     def _send_beat(self) -> None:
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        beat = replace(
-            self._beat,
-            held=self._clock.now() - self._since,
-            collective=_is_in_collective(frame),
-            where=_name(frame),
-            stop=self._stopped[0] if self._stopped else None,
-            leaving=self._leaving is not None,
-        )
-        if self._line is not None:
-            self._line.send(asdict(beat))
+        with self._telling:
+            frame = sys._current_frames().get(threading.main_thread().ident or 0)
+            beat = replace(
+                self._beat,
+                held=self._clock.now() - self._since,
+                collective=_is_in_collective(frame),
+                where=_name(frame),
+                stop=self._stopped[0] if self._stopped else None,
+                leaving=self._leaving is not None,
+            )
+            if self._line is not None:
+                self._line.send(asdict(beat))
 
 
 def _is_in_collective(frame: FrameType | None) -> bool:
