@@ -257,6 +257,41 @@ def test_a_folder_that_vanishes_ends_the_run_in_words(joint: JointData, tmp_path
     root = tmp_path / "pictures"
     shutil.copytree(joint.section.datasets["pictures"].root or "", root)
     samples = joint.splits["pictures"]["train"]
+def test_a_plan_is_left_for_another_only_when_its_thread_has_ended(
+    joint: JointData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a rewind, with a batch that takes DALI longer than a process that ends waits."""
+    at_work, finish, sound = threading.Event(), threading.Event(), TrainLoader.make
+    makers: list[threading.Thread] = []
+
+    def make(self: TrainLoader, started: Any) -> Any:
+        makers.append(threading.current_thread())
+        if not at_work.is_set():
+            at_work.set()
+            finish.wait(60)
+        return sound(self, started)
+
+    monkeypatch.setattr(TrainLoader, "make", make)
+    monkeypatch.setattr("vimnas_ds.data.ahead.PATIENCE", 0.1)
+    plan = [Wanted("pictures", "train", number) for number in (0, 1)]
+    loaders = Loaders(joint, 7, 0, 1, CPU)
+    loaders.follow(plan, SIZES)
+    at_work.wait(10)
+    rewinding = threading.Thread(target=loaders.follow, args=(plan, SIZES), daemon=True)
+    rewinding.start()
+    rewinding.join(1)
+    assert rewinding.is_alive()
+    assert len(makers) == 1
+    finish.set()
+    rewinding.join(10)
+    assert not makers[0].is_alive()
+    expected = read(joint, plan)
+    for wanted, batch in zip(plan, expected, strict=True):
+        assert same(loaders.batch("pictures", "train", 4, wanted.number), batch)
+    assert len({*makers}) == 3  # the old plan's, the new one's, and that of `read`
+    loaders.close()
+
+
     with ThreadPoolExecutor(1) as pool:
         loader = TrainLoader("toy", section(root), samples, "train", 7, 4, 0, 1, CPU, pool, 1)
         loader.next()

@@ -97,12 +97,16 @@ class Ahead:
             self._changed.notify_all()
         return self._loader(wanted.dataset, wanted.split).deliver(made)
 
-    def close(self) -> None:
-        """Ends the thread, whatever its files do, and drops what is ready; may be called again."""
+    def close(self, free: bool = False) -> None:
+        """Ends the thread, whatever its files do, and drops what is ready; may be called again.
+
+        `free`: the loaders are to be used again: a batch that the thread has DALI make is waited
+        for, however long that takes.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(PATIENCE)
+        self._thread.join(None if free else PATIENCE)
         self._made.clear()
 
     def _run(self) -> None:

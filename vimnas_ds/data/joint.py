@@ -152,7 +152,9 @@ class Loaders:
         Args:
             global_batches: samples of all processes per batch of each split in the plan.
         """
-        self._stop_following()
+        # no two threads may be at a loader; a run's watch, which has a thread of its own, ends the
+        # run if this takes too long
+        self._stop_following(free=True)
         sizes = [size // self.world_size for size in global_batches.values()]
         section, gpu = self.data.section, self.device.type == "cuda"
         needed = {
@@ -186,9 +188,9 @@ class Loaders:
         """The last batch of a stream was not used: the run that goes on will ask for it again."""
         self._training[name, split].take_back()
 
-    def _stop_following(self) -> None:
+    def _stop_following(self, free: bool = False) -> None:
         if self._ahead is not None:
-            self._ahead.close()
+            self._ahead.close(free)
             self._ahead = None
 
     def training(self, name: str, split: str, global_batch: int) -> TrainLoader:
