@@ -176,13 +176,19 @@ class Loaders:
     def batch(self, name: str, split: str, global_batch: int, number: int) -> Batch:
         """Batch `number` of a dataset's `train` or `alpha` split: made ahead if a plan is followed,
         else now. Errors as `TrainLoader.next` and `Ahead.take`; only a `train` batch, with which a
-        step begins, is given up: a step that has begun is finished."""
+        step begins, is given up: a step that has begun is finished (see `wait_for_next`)."""
         if self._ahead is not None:
             give_up = self.give_up if split == "train" else lambda: False
             return self._ahead.take(Wanted(name, split, number), give_up)
         loader = self.training(name, split, global_batch)
         loader.seek(number)
         return loader.next()
+
+    def wait_for_next(self) -> None:
+        """Until the batch that the plan has next need not be waited for: what a step will ask for
+        once it has begun. Raises GivenUp."""
+        if self._ahead is not None:
+            self._ahead.wait(self.give_up)
 
     def take_back(self, name: str, split: str) -> None:
         """The last batch of a stream was not used: the run that goes on will ask for it again."""

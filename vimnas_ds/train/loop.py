@@ -193,7 +193,8 @@ class Trainer:
         if self.recovery is not None:
             lr *= self.recovery.rewinds.lr_factor
         keep = self.ranks.is_main and name in self._unseen
-        result = self.stepper.step(context, lr, keep, self._wish())
+        has_alphas = self.learns_alphas and context.step % self.section.alpha.every == 0
+        result = self.stepper.step(context, lr, keep, self._wish(), has_alphas)
         if self.stepper.latest is not None:
             self._unseen.discard(name)
             names = self.data.catalogs[name].class_names
@@ -205,7 +206,7 @@ class Trainer:
         for arch in context.random_archs:
             self.choices.add(arch)
         waited, alphas = result.waited, None
-        if self.learns_alphas and context.step % self.section.alpha.every == 0:
+        if has_alphas:
             waited += self._alpha_step(context)
             alphas = self.learner.was_applied
         if self.recovery is not None:
