@@ -16,8 +16,10 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,9 @@ from vimnas_ds.data.timeline import Timeline
 from vimnas_ds.processes import available_memory
 from vimnas_ds.space import SPACES
 from vimnas_ds.train.plan import coming_batches
+from vimnas_ds.train.ranks import ALONE, StopAsked
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule
+from vimnas_ds.train.step import WeightStepper
 
 CPU = torch.device("cpu")
 RICH = {"randaugment": {"n": 1, "m": 9, "std": 0.5}, "random_erasing": 0.5}
@@ -253,6 +257,41 @@ def test_errors_come_with_their_batch_and_threads_end(
     assert threading.active_count() == before
 
 
+def test_a_plan_is_left_for_another_only_when_its_thread_has_ended(
+    joint: JointData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a rewind, with a batch that takes DALI longer than a process that ends waits."""
+    at_work, finish, sound = threading.Event(), threading.Event(), TrainLoader.make
+    makers: list[threading.Thread] = []
+
+    def make(self: TrainLoader, started: Any) -> Any:
+        makers.append(threading.current_thread())
+        if not at_work.is_set():
+            at_work.set()
+            finish.wait(60)
+        return sound(self, started)
+
+    monkeypatch.setattr(TrainLoader, "make", make)
+    monkeypatch.setattr("vimnas_ds.data.ahead.PATIENCE", 0.1)
+    plan = [Wanted("pictures", "train", number) for number in (0, 1)]
+    loaders = Loaders(joint, 7, 0, 1, CPU)
+    loaders.follow(plan, SIZES)
+    at_work.wait(10)
+    rewinding = threading.Thread(target=loaders.follow, args=(plan, SIZES), daemon=True)
+    rewinding.start()
+    rewinding.join(1)
+    assert rewinding.is_alive()
+    assert len(makers) == 1
+    finish.set()
+    rewinding.join(10)
+    assert not makers[0].is_alive()
+    expected = read(joint, plan)
+    for wanted, batch in zip(plan, expected, strict=True):
+        assert same(loaders.batch("pictures", "train", 4, wanted.number), batch)
+    assert len({*makers}) == 3  # the old plan's, the new one's, and that of `read`
+    loaders.close()
+
+
 def test_a_folder_that_vanishes_ends_the_run_in_words(joint: JointData, tmp_path: Path) -> None:
     root = tmp_path / "pictures"
     shutil.copytree(joint.section.datasets["pictures"].root or "", root)
@@ -342,6 +381,38 @@ class Blocking:
 
     def release(self) -> None:
         self.event.set()
+
+
+def test_a_step_does_not_begin_before_the_files_of_its_second_batch_are_there(
+    joint: JointData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop meanwhile ends it as if it had not been drawn: nothing has changed, nor counts."""
+    disk = Blocking(monkeypatch, "6.jpg", "7.jpg", "8.jpg")  # all of the alpha split
+    context: Any = SimpleNamespace(
+        dataset="pictures", archs=(), batch_index=0, step=0, fingerprint=lambda: 1
+    )
+
+    section = SimpleNamespace(data=joint.section, sandwich=None, seed=7)
+    config: Any = SimpleNamespace(vimnas=section, global_batch=SIZES["train"])
+    engine: Any = None
+    begun: list[str] = []
+    loaders = Loaders(joint, 7, 0, 1, CPU)
+    loaders.follow([Wanted("pictures", "train", 0), Wanted("pictures", "alpha", 0)], SIZES)
+    answers = chain([False] * 3, repeat(True))
+    loaders.give_up = lambda: next(answers)
+    stepper = WeightStepper(config, engine, loaders, ALONE)
+    stepper.at = lambda activity, step: begun.append(activity)
+    with pytest.raises(StopAsked):
+        stepper.step(context, 0.1, two_batches=True)
+    assert begun == ["data", "agree"]
+    assert next(answers)  # it was asked until it said so
+    assert loaders.training("pictures", "train", SIZES["train"]).seen == 0
+    disk.release()
+    loaders.give_up = lambda: False
+    loaders.wait_for_next()
+    loaders.batch("pictures", "alpha", SIZES["alpha"], 0)
+    loaders.wait_for_next()  # the plan has ended: nothing to wait for
+    loaders.close()
 
 
 def test_a_file_that_blocks_counts_as_bad_and_its_thread_is_replaced(

@@ -185,4 +185,16 @@ def test_non_finite_steps_are_skipped_and_stop_the_run_after_the_set_number(fold
     with pytest.raises(AssertionError, match=r"non-finite gradients.*lower the learning rate"):
         train(folder, "nan", *args, ranks=1)
     log = (folder / "nan" / "train.log").read_text()
-    assert re.findall(r"\((\d) in a row\)", log)[-3:] == ["1", "2", "3"]
+    assert re.findall(r"the weight step .*\((\d) in a row\)", log)[-3:] == ["1", "2", "3"]
+
+
+def test_alpha_steps_that_stay_non_finite_stop_the_run_though_every_weight_step_is_sound(folder):
+    """Alphas that begin as infinities; what was counted goes on in a resumed run."""
+    args = ["--set", "vimnas.alpha.init_std=3e38", "--set", "vimnas.optimizer.max_skipped=3"]
+    args += ["--set", "vimnas.checkpoint.every=2"]
+    for resume, counted in ((), "123"), (("--resume",), "1233"):
+        with pytest.raises(AssertionError, match=r"3 alpha steps in a row had non-finite gradient"):
+            train(folder, "nan_alphas", *args, *resume, ranks=1)
+        log = (folder / "nan_alphas" / "train.log").read_text()
+        assert re.findall(r"the alpha step was .* \((\d) in a row\)", log) == [*counted]
+        assert "the weight step was skipped" not in log

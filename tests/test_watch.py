@@ -10,11 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple, NoReturn
 
 import psutil
 import pytest
@@ -27,8 +29,9 @@ from tests.launch import free_port
 from vimnas_ds.config import load_config
 from vimnas_ds.data.joint import open_datasets
 from vimnas_ds.train.launchers import Launchers, Program, to_watch
-from vimnas_ds.train.pulse import PATIENCE, Beat, Hub, Line, connect, find_stuck
+from vimnas_ds.train.pulse import PATIENCE, Beat, Hub, Line, Verdict, connect, find_stuck
 from vimnas_ds.train.status import Exit
+from vimnas_ds.train.watch import Watch
 
 RUNNER = Program("deepspeed", ("/bin/python", "/bin/deepspeed", "scripts/train.py"), 7)
 LAUNCH = Program("python", ("/bin/python", "-u", "-m", "deepspeed.launcher.launch", "train.py"), 8)
@@ -171,6 +174,55 @@ def test_ranks_of_one_machine_meet_where_no_other_reaches() -> None:
     assert Hub(2, "node1")._server.getsockname()[0] in ("::", "0.0.0.0")
 
 
+def test_a_long_error_is_cut_for_the_others_and_said_whole_by_its_own_rank(monkeypatch) -> None:
+    def end(self: Watch, text: str, *rest: object) -> NoReturn:
+        raise SystemExit(text + "\n" + self._details)
+
+    monkeypatch.setattr(Watch, "_end", end)
+    hub, watch = Hub(2), Watch()
+    watch.rank, watch._line, other = 1, member(hub, 1), member(hub, 0)
+    with pytest.raises(SystemExit) as ended:
+        watch.fail(ValueError("first, " + 20_000 * "\N{GRINNING FACE}"), Exit.STOPPED)
+    found = heard(other, "verdict")
+    assert isinstance(found, dict)
+    assert found["text"].startswith("rank 1 stopped: first, \N{GRINNING FACE}")
+    assert found["text"].endswith(" ... (cut: 20,023 characters)")
+    said = str(ended.value).splitlines()
+    assert said == [found["text"], "rank 1 stopped: first, " + 20_000 * "\N{GRINNING FACE}"]
+    many = Hub(1)
+    one = member(many, 0)
+    many.find(Verdict(f"ranks {[*range(20_000)]} have been in 'step'", (0,)))
+    found = heard(one, "verdict")
+    assert isinstance(found, dict)
+    assert found["text"].startswith("ranks [0, 1, 2")
+
+
+def test_the_last_beat_of_a_rank_that_leaves_says_so(monkeypatch) -> None:
+    """One that the watch made just before is still on its way."""
+    sent: list[bool] = []
+    made, send = threading.Event(), threading.Event()
+
+    def slow(beat: Beat) -> dict[str, object]:
+        if not made.is_set():
+            made.set()
+            send.wait(10)
+        return asdict(beat)
+
+    monkeypatch.setattr("vimnas_ds.train.watch.asdict", slow)
+    watch = Watch()
+    watch._line = SimpleNamespace(send=lambda beat: sent.append(beat["leaving"]))
+    threads = [threading.Thread(target=watch._send_beat)]
+    threads.append(threading.Thread(target=watch.leave, args=(Exit.DONE,)))
+    threads[0].start()
+    made.wait(10)
+    threads[1].start()
+    threads[1].join(0.5)
+    send.set()
+    for thread in threads:
+        thread.join(10)
+    assert sent == [False, True]
+
+
 SLEEPER = """
 import os, signal, sys, time
 from vimnas_ds.config import FaultsSection
@@ -179,8 +231,9 @@ from vimnas_ds.train import watch as module
 module.MEETING = 1.0 if "alone" in sys.argv else 600.0
 watch = module.Watch()
 watch.start()
-if "alone" in sys.argv:  # the others never come
-    time.sleep(100)
+if "alone" in sys.argv:  # the others never come, or there are none
+    time.sleep(100 if os.environ["WORLD_SIZE"] == "2" else 3)
+    sys.exit()
 if "begun" in sys.argv:
     watch.begin(lambda text, code: print(code, text, flush=True))
 watch.limits = FaultsSection(grace_seconds=1.0 if "late" in sys.argv else 60.0)
@@ -220,6 +273,64 @@ def test_what_is_waited_for_in_vain_ends_in_time_and_says_so() -> None:
         assert done.stdout == (f"75 {last}\n" if case.startswith("begun") else "")
 
 
+RANKS = """
+import os, sys, threading, time
+import torch.distributed as dist
+from vimnas_ds.config import FaultsSection
+from vimnas_ds.train import watch as module
+from vimnas_ds.train.ranks import Ranks
+
+watch = module.Watch()
+watch.start()
+dist.init_process_group("gloo")
+watch.join(Ranks(watch.rank, 2, "cpu"))
+values = {**vars(FaultsSection()), "silent_seconds": 5.0, "stuck_minutes": 5 / 60}
+watch.set_limits(FaultsSection.model_construct(**values))
+watch.begin(print)
+while True:
+    watch.at("step", 1)
+    print("step", flush=True)
+    time.sleep(0.2)
+"""
+
+
+def test_a_suspended_run_goes_on_and_a_rank_that_alone_is_stopped_is_found() -> None:
+    """All are stopped for longer than silence, and a step, may last."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", RANKS]
+    zero = subprocess.Popen(command, env={**env, "RANK": "0"}, process_group=0, **pipe)
+    group = zero.pid
+    one = subprocess.Popen(command, env={**env, "RANK": "1"}, process_group=group, **pipe)
+    try:
+        for rank in (zero, one):
+            assert rank.stdout.readline() == "step\n"
+        for _ in range(2):
+            os.killpg(group, signal.SIGSTOP)
+            time.sleep(9)
+            os.killpg(group, signal.SIGCONT)
+            time.sleep(1.5)
+        assert (zero.poll(), one.poll()) == (None, None)
+        one.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        errors = zero.communicate(timeout=30)[1]
+        assert 3 < time.monotonic() - stopped < 10
+        assert zero.returncode == Exit.FAILED
+        assert errors.startswith("rank 1 has not been heard of for 5 s: process ")
+    finally:
+        for rank in (zero, one):
+            rank.kill()
+            rank.communicate()
+
+
+def test_one_process_waits_for_nobody_however_long_its_start_takes() -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "1"}
+    command = [sys.executable, "-c", SLEEPER, "alone"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.fixture(scope="module")
 def ready(folder: Path) -> Path:
     """The demo set with its indexes, of whose building no run says anything."""
@@ -233,8 +344,11 @@ class Ended(NamedTuple):
     status: dict[str, object]
 
 
-def misbehaving(folder: Path, name: str, what: str, *args: str, within: float = 30) -> Ended:
-    """A run of two ranks in folder/name in which `what` happens (see launched/misbehave.py).
+def misbehaving(
+    folder: Path, name: str, what: str, *args: str, within: float = 30, suspended: float = 0
+) -> Ended:
+    """A run of two ranks in folder/name in which `what` happens (see launched/misbehave.py), all of
+    it continued after `suspended` seconds.
 
     Fails unless no process of it is left `within` seconds after that.
     """
@@ -260,6 +374,9 @@ def misbehaving(folder: Path, name: str, what: str, *args: str, within: float = 
         deadline = time.monotonic() + 300
         while runner.poll() is None and not acted.exists() and time.monotonic() < deadline:
             time.sleep(0.2)
+        if suspended:
+            time.sleep(suspended)
+            os.killpg(runner.pid, signal.SIGCONT)
         deadline = time.monotonic() + within
         while (left := of_session(runner.pid)) and time.monotonic() < deadline:
             runner.poll()
@@ -296,11 +413,20 @@ def of_session(session: int) -> list[psutil.Process]:
         ("sleep 1 data 5", "rank 1 has been in 'data' at step 5 for ", 1),
         ("full 0 data 5", r"rank 0 stopped: .*No space left on device.*good checkpoint: none", 3),
         ("draw 1 data 5", r"rank \d stopped: step 4, .*: ranks \[1\] differ from rank 0", 3),
+        ("stop-worker 1 data 5", r"rank 1 has not been heard of for 10 s: process \d+ on ", 1),
+        ("stop-worker 0 data 5", r"rank 0 has not been heard of for 10 s: process \d+ on ", 1),
     ],
 )
 def test_a_rank_that_fails_is_named_on_the_first_line(ready, what, first_line, code):
-    limits = ["--set", "vimnas.faults.stuck_minutes=0.2"]
-    ended = misbehaving(ready, "failing", what, "--overwrite", *limits)
+    limits = [
+        "--set",
+        "vimnas.faults.stuck_minutes=0.2",
+        "--set",
+        "vimnas.faults.silent_seconds=10",
+    ]
+    # a stopped rank minds no SIGTERM: its launcher kills it 30 s later
+    within = 60 if "stop" in what else 30
+    ended = misbehaving(ready, "failing", what, "--overwrite", *limits, within=within)
     assert re.match(first_line, ended.errors[0])
     assert ended.status["state"] == ("stopped" if code == Exit.STOPPED else "failed")
     assert ended.status["exit_code"] == code
@@ -313,6 +439,20 @@ def test_a_rank_that_fails_is_named_on_the_first_line(ready, what, first_line, c
         assert "in misbehave\n" in errors.partition("Current thread")[2]  # its own stack
     if "raise" in what:
         assert "Traceback" in ended.errors[1]
+
+
+@pytest.mark.endurance
+def test_a_run_whose_launchers_and_ranks_are_all_suspended_goes_on_when_continued(ready):
+    limits = [
+        "--set",
+        "vimnas.faults.stuck_minutes=0.2",
+        "--set",
+        "vimnas.faults.silent_seconds=10",
+    ]
+    ended = misbehaving(
+        ready, "suspended", "stop-group 1 data 5", "--overwrite", *limits, within=300, suspended=25
+    )
+    assert (ended.code, ended.status["state"], ended.status["step"]) == (0, "done", 36)
 
 
 @pytest.mark.endurance

@@ -364,7 +364,10 @@ class OptimizerSection(Section):
     betas: Decays = Field((0.9, 0.999), description="The moments' decay")
     eps: Positive = Field(1e-8, description="Added to the root of the second moment")
     max_skipped: int = Field(
-        20, ge=1, description="Consecutive skipped (non-finite) steps that stop the run"
+        20,
+        ge=1,
+        description="Consecutive skipped (non-finite) steps, of weights or of alphas, that stop "
+        "the run",
     )
 
 

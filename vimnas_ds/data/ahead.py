@@ -25,7 +25,7 @@ from vimnas_ds.data.loader import Started, TrainLoader
 
 #: Seconds between two looks at whether it is time to end, while files are waited for.
 GLANCE = 0.2
-#: Seconds that `close` waits for a batch that DALI is at.
+#: Seconds that `close` waits for a batch that DALI is at, if nobody needs its loader any more.
 PATIENCE = 5.0
 
 
@@ -63,6 +63,7 @@ class Ahead:
         self._decoding, self._room = decoding, ready
         self._made: deque[tuple[Wanted, Made]] = deque()
         self._error: BaseException | None = None
+        self._making = False  # the next batch of the plan, whose files are there
         self._ended = self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
@@ -73,6 +74,17 @@ class Ahead:
         """Finished batches that wait to be taken."""
         return len(self._made)
 
+    def wait(self, give_up: Callable[[], bool]) -> None:
+        """Until nothing about the plan's next batch can take long: its files are there, or `take`
+        will raise why they are not. Raises GivenUp as `take`."""
+        self._wait(lambda: self._made or self._making, give_up, "the next batch")
+
+    def _wait(self, there: Callable[[], object], give_up: Callable[[], bool], what: str) -> None:
+        with self._changed:
+            while not self._changed.wait_for(lambda: there() or self._ended, GLANCE):
+                if give_up():
+                    raise GivenUp(f"{what} is not there yet")
+
     def take(self, wanted: Wanted, give_up: Callable[[], bool] = lambda: False) -> Batch:
         """The plan's next batch, which must be `wanted`.
 
@@ -82,10 +94,8 @@ class Ahead:
             ValueError: it is not what the plan has next, or the plan has ended.
             Anything else that happened while the batch was made.
         """
+        self._wait(lambda: self._made, give_up, f"{wanted}")
         with self._changed:
-            while not self._changed.wait_for(lambda: self._made or self._ended, GLANCE):
-                if give_up():
-                    raise GivenUp(f"{wanted} is not there yet")
             if not self._made:
                 if self._error is not None:
                     raise self._error
@@ -97,12 +107,16 @@ class Ahead:
             self._changed.notify_all()
         return self._loader(wanted.dataset, wanted.split).deliver(made)
 
-    def close(self) -> None:
-        """Ends the thread, whatever its files do, and drops what is ready; may be called again."""
+    def close(self, free: bool = False) -> None:
+        """Ends the thread, whatever its files do, and drops what is ready; may be called again.
+
+        `free`: the loaders are to be used again: a batch that the thread has DALI make is waited
+        for, however long that takes.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(PATIENCE)
+        self._thread.join(None if free else PATIENCE)
         self._made.clear()
 
     def _run(self) -> None:
@@ -118,9 +132,13 @@ class Ahead:
                 if not self._wait_for_files(first):
                     return
                 started.popleft()
+                with self._changed:
+                    self._making = True
+                    self._changed.notify_all()
                 made = self._loader(wanted.dataset, wanted.split).make(first)
                 with self._changed:
                     self._made.append((wanted, made))
+                    self._making = False
                     self._changed.notify_all()
         except BaseException as error:
             self._error = error  # for the consumer, who may well be waiting

@@ -152,7 +152,9 @@ class Loaders:
         Args:
             global_batches: samples of all processes per batch of each split in the plan.
         """
-        self._stop_following()
+        # no two threads may be at a loader; a run's watch, which has a thread of its own, ends the
+        # run if this takes too long
+        self._stop_following(free=True)
         sizes = [size // self.world_size for size in global_batches.values()]
         section, gpu = self.data.section, self.device.type == "cuda"
         needed = {
@@ -174,7 +176,7 @@ class Loaders:
     def batch(self, name: str, split: str, global_batch: int, number: int) -> Batch:
         """Batch `number` of a dataset's `train` or `alpha` split: made ahead if a plan is followed,
         else now. Errors as `TrainLoader.next` and `Ahead.take`; only a `train` batch, with which a
-        step begins, is given up: a step that has begun is finished."""
+        step begins, is given up: a step that has begun is finished (see `wait_for_next`)."""
         if self._ahead is not None:
             give_up = self.give_up if split == "train" else lambda: False
             return self._ahead.take(Wanted(name, split, number), give_up)
@@ -182,13 +184,19 @@ class Loaders:
         loader.seek(number)
         return loader.next()
 
+    def wait_for_next(self) -> None:
+        """Until the batch that the plan has next need not be waited for: what a step will ask for
+        once it has begun. Raises GivenUp."""
+        if self._ahead is not None:
+            self._ahead.wait(self.give_up)
+
     def take_back(self, name: str, split: str) -> None:
         """The last batch of a stream was not used: the run that goes on will ask for it again."""
         self._training[name, split].take_back()
 
-    def _stop_following(self) -> None:
+    def _stop_following(self, free: bool = False) -> None:
         if self._ahead is not None:
-            self._ahead.close()
+            self._ahead.close(free)
             self._ahead = None
 
     def training(self, name: str, split: str, global_batch: int) -> TrainLoader:

@@ -107,7 +107,8 @@ class Trainer:
         self.learns_alphas = section.alpha.enabled and space.size() > 1
         self.choices = ChoiceCounts()
         self.meters = Meters(list(section.data.datasets), ranks)
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped = 0  # weight and alpha steps; in a row, they are counted apart
+        self.skipped_in_a_row = self.alphas_skipped_in_a_row = 0
         self.best = Best()
         self.recovery = Recovery(section, data, ranks) if section.guarded else None
         self._saved: int | None = None  # the step whose checkpoint is the latest
@@ -196,7 +197,8 @@ class Trainer:
         if self.recovery is not None:
             lr *= self.recovery.rewinds.lr_factor
         keep = self.ranks.is_main and name in self._unseen
-        result = self.stepper.step(context, lr, keep, self._wish())
+        has_alphas = self.learns_alphas and context.step % self.section.alpha.every == 0
+        result = self.stepper.step(context, lr, keep, self._wish(), has_alphas)
         if self.stepper.latest is not None:
             self._unseen.discard(name)
             names = self.data.catalogs[name].class_names
@@ -208,7 +210,7 @@ class Trainer:
         for arch in context.random_archs:
             self.choices.add(arch)
         waited, alphas = result.waited, None
-        if self.learns_alphas and context.step % self.section.alpha.every == 0:
+        if has_alphas:
             waited += self._alpha_step(context)
             alphas = self.learner.was_applied
         if self.recovery is not None:
@@ -232,8 +234,11 @@ class Trainer:
         y = batch.y.to(self.ranks.device)
         del batch
         self._alpha_losses[name] = self.learner.step(self.engine.net, x, y, name)
-        if not self.learner.was_applied:
-            self._skip(context, "the alpha step")
+        if self.learner.was_applied:
+            self.alphas_skipped_in_a_row = 0
+        else:
+            self.alphas_skipped_in_a_row += 1
+            self._skip(context, "alpha step", self.alphas_skipped_in_a_row)
         return waited
 
     def _guard(self, context: StepContext) -> None:
@@ -241,19 +246,19 @@ class Trainer:
         if self.engine.was_applied:
             self.skipped_in_a_row = 0
         else:
-            self._skip(context, "the weight step")
+            self.skipped_in_a_row += 1
+            self._skip(context, "weight step", self.skipped_in_a_row)
 
-    def _skip(self, context: StepContext, what: str) -> None:
+    def _skip(self, context: StepContext, what: str, in_a_row: int) -> None:
         self.skipped += 1
-        self.skipped_in_a_row += 1
         self.console.say(
-            f"step {context.step + 1}: {what} was skipped, non-finite gradient on "
-            f"{context.dataset} with {context.archs[0]} ({self.skipped_in_a_row} in a row)"
+            f"step {context.step + 1}: the {what} was skipped, non-finite gradient on "
+            f"{context.dataset} with {context.archs[0]} ({in_a_row} in a row)"
         )
         # a guarded run rewinds instead (see `recovery`)
-        if self.recovery is None and self.skipped_in_a_row >= self.section.optimizer.max_skipped:
+        if self.recovery is None and in_a_row >= self.section.optimizer.max_skipped:
             raise TooManySkippedSteps(
-                f"{self.skipped_in_a_row} steps in a row had non-finite gradients, the last on "
+                f"{in_a_row} {what}s in a row had non-finite gradients, the last on "
                 f"{context.dataset}: lower the learning rate, or switch on qk_norm, layer_scale or "
                 "gradient_clipping (vimnas.model, docs/failures.md)"
             )
@@ -461,7 +466,7 @@ class Trainer:
             "position": self.drawer.position.state_dict(),
             "learner": self.learner.state_dict(),
             "choices": self.choices.state_dict(),
-            "skipped": (self.skipped, self.skipped_in_a_row),
+            "skipped": (self.skipped, self.skipped_in_a_row, self.alphas_skipped_in_a_row),
             "faults": self.faults.state_dict(),
             "meters": self.meters.state_dict(),
             "best": self.best.state_dict(),
@@ -515,7 +520,7 @@ class Trainer:
         self._alpha_losses = state["alpha_losses"]
         if self.recovery is not None and state["guard"] is not None:
             self.recovery.load_state_dict(state["guard"])
-        self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.skipped, self.skipped_in_a_row, self.alphas_skipped_in_a_row = state["skipped"]
         self._faults_before = state["faults"]
         self._owes_evaluation = state["owes_evaluation"]
         self._saved = None

@@ -7,6 +7,8 @@ hub) judges; a verdict, as well as any rank's wish to stop, goes back to all ove
 Ranks do the same things in the same order, so of two ranks the one that has begun fewer of them
 is behind and the other waits for it. Where none is behind, those that wait in a collective wait
 for those that do not.
+
+Silence is judged by an awake clock: a run that was suspended as a whole goes on when continued.
 """
 
 from __future__ import annotations
@@ -18,18 +20,20 @@ import secrets
 import socket
 import struct
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from vimnas_ds.train.awake import AwakeClock
 from vimnas_ds.train.status import Exit
 
 #: Seconds between two messages.
 BEAT = 1.0
 #: Bytes of a message, and seconds for its bytes to follow one another.
 LONGEST, PATIENCE = 2**16, 5
+#: Characters of a verdict's text, at most 12 bytes each as JSON: what else is said fits beside it.
+LONGEST_TEXT = 4000
 #: Times the limit that an activity may take: before the run has begun an index may be built, and
 #: a checkpoint may go to slow storage.
 ALLOWANCE = {"start": math.inf, "save": 3.0, "rewind": 3.0}
@@ -63,6 +67,14 @@ class Verdict:
     text: str
     ranks: tuple[int, ...]  #: the culprits
     code: int = Exit.FAILED
+
+
+def shortened(text: str) -> str:
+    """As much of a verdict's text as a message can hold."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    mark = f" ... (cut: {len(text):,} characters)"
+    return text[: LONGEST_TEXT - len(mark)] + mark
 
 
 def died(beat: Beat) -> Verdict:
@@ -142,7 +154,7 @@ class Line:
 class _Member:
     line: Line
     beat: Beat
-    heard: float
+    heard: float  # by the hub's clock
 
 
 def listen(address: str, backlog: int) -> socket.socket:
@@ -180,13 +192,14 @@ class Hub:
         self._members: dict[int, _Member] = {}
         self._admitted: queue.SimpleQueue[_Member] = queue.SimpleQueue()
         self._told = threading.Event()
+        self._clock = AwakeClock()
         threading.Thread(target=self._run, name="hub", daemon=True).start()
 
     def find(self, verdict: Verdict | None) -> None:
         """A verdict to tell all ranks; the first one counts, for it is the cause of the others."""
         if self.verdict is None and verdict is not None:
             self._told.clear()
-            self.verdict = verdict
+            self.verdict = replace(verdict, text=shortened(verdict.text))
 
     def wait_until_told(self, seconds: float) -> None:
         """Until every rank has the verdict, or the wish to stop."""
@@ -206,8 +219,8 @@ class Hub:
                     self._listen(lines[ready])  # type: ignore[index]
             self._judge()
             news = (self.verdict or self.stop) and not self._told.is_set()
-            if news or time.monotonic() - told >= BEAT:
-                told = time.monotonic()
+            if news or self._clock.now() - told >= BEAT:
+                told = self._clock.now()
                 self._tell()
 
     def _accept(self) -> None:
@@ -223,7 +236,7 @@ class Hub:
         if message is None:
             line.connection.close()
             return
-        self._admitted.put(_Member(line, Beat(**message), time.monotonic()))
+        self._admitted.put(_Member(line, Beat(**message), self._clock.now()))
 
     def _listen(self, member: _Member) -> None:
         message = member.line.receive()
@@ -234,11 +247,11 @@ class Hub:
         elif "text" in message:
             self.find(verdict_of(message))
         else:
-            member.beat, member.heard = Beat(**message), time.monotonic()
+            member.beat, member.heard = Beat(**message), self._clock.now()
             self.stop = self.stop or member.beat.stop
 
     def _judge(self) -> None:
-        now = time.monotonic()
+        now = self._clock.now()
         for member in self._members.values():
             if not member.beat.leaving and now - member.heard > self.silent:
                 self.find(fell_silent(member.beat, self.silent))

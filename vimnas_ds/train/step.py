@@ -53,10 +53,16 @@ class WeightStepper:
         self.at: Callable[[str, int], None] = lambda activity, step: None
 
     def step(
-        self, context: StepContext, lr: float, keep_batch: bool = False, wish: int = 0
+        self,
+        context: StepContext,
+        lr: float,
+        keep_batch: bool = False,
+        wish: int = 0,
+        two_batches: bool = False,
     ) -> StepResult:
         """One optimiser step on all ranks. `keep_batch` leaves a copy of its first samples
-        in `latest`; `wish`: what this rank asks all to do after it (`ranks.Wish`).
+        in `latest`; `wish`: what this rank asks all to do after it (`ranks.Wish`); `two_batches`:
+        the plan's next batch belongs to the step as well, which begins when its files are there.
 
         Before the forward pass it raises RanksDisagree if ranks drew different things, and
         StopAsked if one of them wishes to stop: nothing has changed then.
@@ -68,6 +74,8 @@ class WeightStepper:
         batch: Batch | None = None
         with suppress(GivenUp):
             batch = self.loaders.batch(name, "train", size, number)
+            if two_batches:
+                self.loaders.wait_for_next()
         if self.loaders.give_up():
             wish |= Wish.STOP
         waited = time.perf_counter() - started

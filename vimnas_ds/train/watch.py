@@ -9,6 +9,8 @@ the log and in status.json.
         not saved within vimnas.faults.grace_seconds: the end
     a second signal                          -> the end
     a rank that died, fell silent, is stuck, or failed and said why -> the end, everywhere
+
+All times are of an awake clock: what a suspended run could not do meanwhile is held against nobody.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from vimnas_ds.config import FaultsSection
+from vimnas_ds.train.awake import AwakeClock
 from vimnas_ds.train.launchers import Launchers
 from vimnas_ds.train.pulse import (
     BEAT,
@@ -40,6 +43,7 @@ from vimnas_ds.train.pulse import (
     connect,
     died,
     fell_silent,
+    shortened,
     verdict_of,
 )
 from vimnas_ds.train.ranks import CannotStart, Ranks
@@ -66,10 +70,12 @@ class Watch:
         #: says what `end` says in the run's files: (first line, code); called on one rank
         self.last_words: Callable[[str, Exit], None] | None = None
         self._beat = Beat(self.rank, os.getpid(), platform.node())
-        self._since = time.monotonic()  # when the activity began, or last went on
+        self._clock = AwakeClock()
+        self._since = self._clock.now()  # when the activity began, or last went on
         self._stopped: tuple[str, float] | None = None  # why, and when
         self._leaving: tuple[Exit, float] | None = None
-        self._begun = self._met = False
+        self._begun = False
+        self._met = os.environ.get("WORLD_SIZE", "1") == "1"  # one rank has nobody to meet
         self._hub: Hub | None = None
         self._line: Line | None = None
         self._zero: tuple[Beat, float] | None = None  # what rank 0 did, and when it said so
@@ -77,6 +83,7 @@ class Watch:
         self._posted = False  # a verdict of this rank's own
         self._signals: int | None = None  # where the numbers of signals are read; None: not started
         self._ending = threading.Lock()
+        self._telling = threading.Lock()  # beats are sent in the order in which they are made
         self._details = ""
 
     # -- what the trainer says ------------------------------------------------------------------
@@ -84,12 +91,12 @@ class Watch:
     def at(self, activity: str, step: int) -> None:
         """This rank begins with `activity` of `step` (counted from 1); all ranks begin the same
         ones in the same order."""
-        self._since = time.monotonic()
+        self._since = self._clock.now()
         self._beat = replace(self._beat, activity=activity, step=step, begun=self._beat.begun + 1)
 
     def go_on(self) -> None:
         """The activity is getting on."""
-        self._since = time.monotonic()
+        self._since = self._clock.now()
 
     def stop_asked(self) -> bool:
         """Whether some rank has been asked to stop. Ranks learn it at different times: what they
@@ -100,7 +107,7 @@ class Watch:
 
     def start(self) -> None:
         """From now on signals and launchers are watched, and the time until all ranks have met."""
-        self._since = time.monotonic()
+        self._since = self._clock.now()
         self._signals, told = os.pipe()
         os.set_blocking(told, False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
@@ -143,7 +150,7 @@ class Watch:
         if self._signals is not None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
-        self._leaving = (code, time.monotonic())
+        self._leaving = (code, self._clock.now())
         self._send_beat()
 
     # -- the end ----------------------------------------------------------------------------------
@@ -162,7 +169,10 @@ class Watch:
 
     def _post(self, what: str, code: Exit) -> NoReturn:
         """End all ranks: what this one did."""
-        verdict = Verdict(f"rank {self.rank} {what}", (self.rank,), code)
+        text = f"rank {self.rank} {what}"
+        verdict = Verdict(shortened(text), (self.rank,), code)
+        if verdict.text != text:  # this rank says all of it
+            self._details = self._details or f"{text}\n"
         self._posted = True
         if self._hub is not None:
             self._hub.find(verdict)
@@ -208,8 +218,8 @@ class Watch:
                         self._signalled(signal.Signals(number))
             if line and line.connection in ready:
                 self._hear(line.receive())
-            if time.monotonic() - sent >= BEAT:
-                sent = time.monotonic()
+            if self._clock.now() - sent >= BEAT:
+                sent = self._clock.now()
                 self._look_after_launchers()
                 self._look_at_clock()
                 self._send_beat()
@@ -217,7 +227,7 @@ class Watch:
     def _signalled(self, number: signal.Signals) -> None:
         if self._leaving:
             return
-        now = time.monotonic()
+        now = self._clock.now()
         self._first_signal = self._first_signal or now
         if now - self._first_signal > ECHO:
             self._post(f"received {number.name} again: ends at once", Exit.RESUMABLE)
@@ -232,7 +242,7 @@ class Watch:
     def _stop(self, why: str) -> None:
         if self._stopped or self._leaving:
             return
-        self._stopped = why, time.monotonic()
+        self._stopped = why, self._clock.now()
         if self._begun:
             _shout(f"{why}: saving and stopping\n")
         else:
@@ -244,11 +254,11 @@ class Watch:
         return self._stopped[0] if self._stopped else "another rank was asked to stop"
 
     def _look_at_clock(self) -> None:
-        now, grace = time.monotonic(), self.limits.grace_seconds
+        now, grace = self._clock.now(), self.limits.grace_seconds
         if not self._met and not self._leaving and now - self._since > MEETING:
             self._post(
                 f"has waited {MEETING:g} s for the ranks to meet: one of "
-                f"{os.environ.get('WORLD_SIZE', '1')} did not start, or cannot reach "
+                f"{os.environ.get('WORLD_SIZE')} did not start, or cannot reach "
                 f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}; see what "
                 "each machine printed",
                 Exit.FAILED,
@@ -273,7 +283,7 @@ class Watch:
                 self._obey(died(last))
             return
         if isinstance(zero := message["zero"], dict):
-            self._zero = Beat(**zero), time.monotonic()
+            self._zero = Beat(**zero), self._clock.now()
         if isinstance(stop := message["stop"], str):
             self._stop(stop)
         if isinstance(verdict := message["verdict"], dict) and not self._leaving:
@@ -284,17 +294,18 @@ class Watch:
         self._end(verdict.text, Exit(verdict.code), self._speaks(verdict), dump=mine)
 
     def _send_beat(self) -> None:
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        beat = replace(
-            self._beat,
-            held=time.monotonic() - self._since,
-            collective=_is_in_collective(frame),
-            where=_name(frame),
-            stop=self._stopped[0] if self._stopped else None,
-            leaving=self._leaving is not None,
-        )
-        if self._line is not None:
-            self._line.send(asdict(beat))
+        with self._telling:
+            frame = sys._current_frames().get(threading.main_thread().ident or 0)
+            beat = replace(
+                self._beat,
+                held=self._clock.now() - self._since,
+                collective=_is_in_collective(frame),
+                where=_name(frame),
+                stop=self._stopped[0] if self._stopped else None,
+                leaving=self._leaving is not None,
+            )
+            if self._line is not None:
+                self._line.send(asdict(beat))
 
 
 def _is_in_collective(frame: FrameType | None) -> bool:
