@@ -17,6 +17,7 @@ import contextlib
 import functools
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -99,4 +100,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):  # else the checks' processes would outlive it
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

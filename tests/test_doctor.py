@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +115,33 @@ def test_a_check_that_dies_is_a_finding(part, said):
     assert (found.name, found.state, found.counts) == ("it", "failed", True)
     assert said in found.detail
     assert found.mend
+
+
+def test_what_a_hung_check_has_started_ends_with_it(tmp_path):
+    note = tmp_path / "pid"
+
+    def hang_with_a_rank() -> list[Finding]:
+        rank = multiprocessing.get_context("fork").Process(target=hang)
+        rank.start()
+        (tmp_path / "new").write_text(str(rank.pid))
+        (tmp_path / "new").rename(note)
+        return hang()
+
+    (found,) = isolated(Check("it", hang_with_a_rank), 2)
+    assert "took longer than" in found.detail
+    pid, deadline = int(note.read_text()), time.monotonic() + 20
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    """Not so of one that is dead and not yet waited for."""
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_an_operator_that_computes_something_else_is_found():
