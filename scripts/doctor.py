@@ -5,9 +5,10 @@
     python scripts/doctor.py --only packages extension
 
 Says what is installed, which path does the work, why a slow one is slow and which command mends it.
-Under a minute on an idle machine; nothing is written but temporary files. Exit code 0 when all that
-can work on this machine works, 1 otherwise (what is optional, or needs a GPU that is not here, does
-not count).
+About ten seconds on two idle cores, most of them imports; more on a busy machine, or when files are
+read for the first time; not timed with a GPU. Nothing is written but temporary files. Exit code 0
+when all that can work on this machine works, 1 otherwise (what is optional, or needs a GPU that is
+not here, does not count).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import contextlib
 import functools
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,7 +39,7 @@ def checks(output_dir: Path) -> list[Check]:
         Check("extension", fast_paths.extension, torch),
         Check("sliced linear", fast_paths.sliced_linear, ("vimnas_ds.ops.sliced_linear",)),
         Check("attention", fast_paths.attention, ("vimnas_ds.model.attention",)),
-        Check("apex", fast_paths.layer_norm, ("vimnas_ds.ops.apex",)),
+        Check("apex", fast_paths.apex, ("vimnas_ds.ops.apex",)),
         Check("gates", fast_paths.gates, ("vimnas_ds.ops.gates",)),
         Check("adamw", fast_paths.adamw, ("vimnas_ds.ops.adamw",)),
         Check("codecs", media.codecs, ("vimnas_ds.data.decode",)),
@@ -99,4 +101,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):  # else the checks' processes would outlive it
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

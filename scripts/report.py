@@ -20,7 +20,6 @@ from datetime import datetime
 from pathlib import Path
 
 from vimnas_ds.config import ConfigError
-from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyBadFiles
 from vimnas_ds.durable import write_text
 from vimnas_ds.page.clips import contact_sheets, find_clips, without_clips
 from vimnas_ds.page.document import build_page
@@ -28,7 +27,7 @@ from vimnas_ds.page.record import Record, read_record
 from vimnas_ds.search.cli import run_script
 from vimnas_ds.search.run import latest_run, open_run
 from vimnas_ds.space import Arch
-from vimnas_ds.train.ranks import start_ranks
+from vimnas_ds.train.ranks import CannotStart, start_ranks
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -72,19 +71,22 @@ def clips_of(record: Record, args: argparse.Namespace) -> str:
     """The page's part with samples, or a word why there are none."""
     if not args.clips:
         return ""
-    name = record.choice.name if record.choice else "largest"
     try:
+        name = record.choice.name if record.choice else "largest"
         ranks = start_ranks(engine=False)
         run = open_run(record.files.root, ranks, args.set, args.clips)
         try:
             space = run.net.space
             pick = record.picks.get(name)
             arch = Arch.from_json(pick["arch"]) if pick else space.largest()
+            space.validate(arch)
             found = {d: find_clips(run, arch, d, args.split, args.clips) for d in run.datasets}
         finally:
             run.close()
-    except (ConfigError, DataMissing, BadAnnotations, TooManyBadFiles, OSError) as err:
+    except (CannotStart, ValueError, OSError) as err:  # of this package, in words
         return without_clips(f"No clips are shown: {err}")
+    except Exception as err:  # the network, the data, their readers: the page comes without
+        return without_clips(f"No clips are shown: {type(err).__name__}: {err}")
     return contact_sheets(found, name, args.split)
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from scripts import doctor
 from tests.conftest import ROOT
 from vimnas_ds.doctor import fast_paths, host, media, software
 from vimnas_ds.doctor.finding import Check, Finding, isolated
+from vimnas_ds.model import attention as backends
 
 
 def run(*options: str, blocked: tuple[str, ...] = (), **env: str) -> tuple[int, dict[str, dict]]:
@@ -115,13 +120,139 @@ def test_a_check_that_dies_is_a_finding(part, said):
     assert found.mend
 
 
+def test_what_a_hung_check_has_started_ends_with_it(tmp_path):
+    note = tmp_path / "pid"
+
+    def hang_with_a_rank() -> list[Finding]:
+        rank = multiprocessing.get_context("fork").Process(target=hang)
+        rank.start()
+        (tmp_path / "new").write_text(str(rank.pid))
+        (tmp_path / "new").rename(note)
+        return hang()
+
+    (found,) = isolated(Check("it", hang_with_a_rank), 2)
+    assert "took longer than" in found.detail
+    pid, deadline = int(note.read_text()), time.monotonic() + 20
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    """Not so of one that is dead and not yet waited for."""
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def test_an_operator_that_computes_something_else_is_found():
     x = [torch.randn(3, 4)]
     right = fast_paths._same("it", torch.sin, torch.sin, x)
     value = fast_paths._same("it", lambda t: torch.sin(t) + 0.01, torch.sin, x)
     gradient = fast_paths._same("it", lambda t: t.sin().detach() + t - t.detach(), torch.sin, x)
-    assert [f.state for f in (right, value, gradient)] == ["ok", "failed", "failed"]
+    nowhere = fast_paths._same("it", lambda t: t.sin() + 0 * (t - t).sqrt(), torch.sin, x)
+    of_one = fast_paths._same("it", lambda s, t: s.sin() + t.detach(), torch.add, x * 2)
+    bad = (value, gradient, nowhere, of_one)
+    assert [f.state for f in (right, *bad)] == ["ok"] + 4 * ["failed"]
+    assert "by nan in float32" in nowhere.detail
     assert "pip install" in value.mend
+
+
+def test_operators_are_tried_in_the_dtype_that_trains():
+    def good_in_float32(t: torch.Tensor) -> torch.Tensor:
+        seen.append(t.dtype)
+        return t.sin() if t.dtype == torch.float32 else t.sin() * 1.1
+
+    seen: list[torch.dtype] = []
+    found = fast_paths._same("it", good_in_float32, torch.sin, [torch.randn(3, 4)])
+    assert seen == [torch.float32, torch.bfloat16]
+    assert found.state == "failed"
+    assert re.search(r"by 0\.0e\+00 in float32, 2\..e-01 in bfloat16", found.detail)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Makes a function the kernel that attention takes, as if flash-attn had been imported."""
+
+    def resolve(kernel) -> None:
+        def automatic() -> tuple[backends._Backend, str]:
+            return backends._Backend("flash_attn", kernel), "flash-attn is installed"
+
+        monkeypatch.setattr(backends, "_automatic", automatic)
+        backends._resolved.cache_clear()
+
+    monkeypatch.delenv("VIMNAS_ATTENTION", raising=False)
+    yield resolve
+    backends._resolved.cache_clear()
+
+
+def test_the_attention_kernel_that_is_named_is_the_one_that_was_run(flash, capsys):
+    def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if q.dtype == torch.float32:  # as every flash kernel's wrapper
+            return F.scaled_dot_product_attention(q, k, v)
+        raise RuntimeError("no kernel image is available")
+
+    flash(broken)
+    assert doctor.main(["--json", "--only", "attention"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)["findings"]
+    assert (found["state"], found["required"]) == ("failed", True)
+    assert "attention: flash_attn (flash-attn is installed); cannot run" in found["detail"]
+    assert "in bfloat16: RuntimeError: no kernel image is available" in found["detail"]
+    assert "flash-attn, or export VIMNAS_ATTENTION=sdpa" in found["mend"]
+    flash(F.scaled_dot_product_attention)
+    assert doctor.main(["--json", "--only", "attention"]) == 0
+
+
+def pretend_apex(monkeypatch, kernel, adam) -> None:
+    """As on a GPU with a compiled NVIDIA apex, but for the place of the tensors."""
+    from vimnas_ds.ops import apex
+
+    parts = {"fused_layer_norm_cuda": "", "amp_C": ""}
+    monkeypatch.setattr(fast_paths, "has_gpu", lambda: True)
+    monkeypatch.setattr(fast_paths, "_device", lambda: "cpu")
+    monkeypatch.setattr(apex, "nvidia_apex", lambda: parts)
+    monkeypatch.setattr(apex, "fused_layer_norm", lambda: kernel)
+    module = types.ModuleType("apex.optimizers")
+    module.FusedAdam = adam  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+
+
+def test_apex_is_run_before_it_is_said_to_work(monkeypatch, capsys):
+    seen: list[torch.dtype] = []
+
+    def good(x, weight, bias, eps):
+        seen.append(x.dtype)
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def wrong(x, weight, bias, eps):
+        return good(x, weight, bias, eps) + (x.dtype == torch.bfloat16)
+
+    def broken(x, weight, bias, eps):
+        raise RuntimeError("invalid device function")
+
+    class Coupled(torch.optim.Adam):
+        """Adam whose weight decay is L2's: other updates than AdamW's."""
+
+    pretend_apex(monkeypatch, good, torch.optim.AdamW)
+    found = fast_paths.apex()
+    assert seen == [torch.float32, torch.bfloat16]
+    assert [(f.name, f.state) for f in found] == [("apex", "ok"), ("apex FusedAdam", "ok")]
+
+    for kernel, said in ((wrong, "in bfloat16"), (broken, "invalid device function")):
+        pretend_apex(monkeypatch, kernel, Coupled)
+        assert doctor.main(["--json", "--only", "apex"]) == 1
+        norm, adam = json.loads(capsys.readouterr().out)["findings"]
+        assert (norm["state"], norm["required"], adam["state"]) == ("failed", True, "failed")
+        assert said in norm["detail"]
+        assert "apex --force-reinstall" in norm["mend"]
+        assert not adam["required"]  # training does without it
+    pretend_apex(monkeypatch, good, broken)
+    adam = fast_paths.apex()[1]
+    assert (adam.state, adam.counts) == ("failed", False)
+    assert "cannot run" in adam.detail
 
 
 def test_a_codec_without_decoder_or_with_wrong_frames_is_found(monkeypatch):

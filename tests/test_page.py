@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import html
 import json
+import math
 import re
 import shutil
 import sys
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from tests.browser import ask, dump, photograph
 from tests.conftest import ROOT
 from tests.small import small_config
 from vimnas_ds.config import ConfigError, parse_config
+from vimnas_ds.page import record, training
 from vimnas_ds.page.charts import Dot, Line, dot_chart, line_chart, tick_text
 from vimnas_ds.page.choice import Choice, choose
 from vimnas_ds.page.clips import Clip, contact_sheets, without_clips
@@ -352,6 +357,129 @@ def test_a_pre_empted_run_says_why_and_how_it_goes_on(tmp_path: Path) -> None:
         assert (cells["standing"], cells["resume"]) == (said, resume)
     write(root / "summary.json", {"datasets": {}})
     assert "standing" not in Reader(make(root)).cells
+
+
+#: (file, where in it, what is written there, what the page says is left out)
+SPOILT = [
+    ("front/front.json", ["points", 0, "cost"], math.inf, "the part 'front' is left out"),
+    ("compare/compare.json", ["entries", 2, "datasets", "k400", "params"], math.inf,
+     "the part 'controls' is left out"),
+    ("summary.json", ["samples_replaced"], None, "the part 'faults' is left out"),
+    ("summary.json", ["skipped_steps"], "3", "the part 'faults' is left out"),
+    ("environment.json", [], 3, "environment.json is left out: it holds no JSON object"),
+    ("ranking/ranking.json", [], "[" * 100_000, "ranking/ranking.json cannot be read"),
+    ("perturbation/result.json", ["datasets", "k400"], {"params": 3, "select_top1": 0.5},
+     "perturbation/result.json is left out: datasets.k400.count is no number: None"),
+    ("perturbation/result.json", ["objective"], ["top1"], "its objective has no metric"),
+    ("perturbation/result.json", ["datasets"], {}, "it has no datasets"),
+    ("perturbation/result.json", ["accuracy"], None, "accuracy is no number: None"),
+    ("perturbation/result.json", ["arch", "patch"], 16, "an architecture has exactly the keys"),
+    ("perturbation/result.json", ["arch", "mlp_ratio", 0], 10**400, "its arch: "),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(
+    searched: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, set[str]]:
+    """A run with two searches, and the names of its page's parts."""
+    root = Path(shutil.copytree(searched[0], tmp_path_factory.mktemp("page") / "run"))
+    write(root / "evolution" / "result.json", result(0.5, SPACE.smallest()))
+    return root, parts_of(make(root))
+
+
+def parts_of(text: str) -> set[str]:
+    return set(re.findall('<section id="(.*?)"', text))
+
+
+@pytest.mark.parametrize(("file", "place", "value", "note"), SPOILT, ids=[s[-1] for s in SPOILT])
+def test_whatever_stands_in_a_file_the_rest_of_the_page_comes(
+    file: str, place: list[Any], value: Any, note: str, compared: tuple[Path, set[str]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    root = Path(shutil.copytree(compared[0], tmp_path / "run"))
+    spoil(root / file, place, value)
+    text = make(root)
+    assert html.escape(note) in part(text, "left-out")
+    gone = compared[1] - parts_of(text)
+    assert parts_of(text) - compared[1] == {"left-out"}
+    of_the_file = {"front.json": {"front"}, "compare.json": {"controls"}, "ranking.json":
+                   {"ranking"}, "summary.json": {"faults-and-events"}, "environment.json": set(),
+                   "result.json": {"decisions"}}  # fmt: skip
+    assert gone == of_the_file[Path(file).name]
+    assert "evolution&#x27;s pick" in text or not file.startswith("perturbation")
+
+
+def spoil(file: Path, place: list[Any], value: Any) -> None:
+    """Writes `value` into a JSON file, in place of what stands there; a text in place of all."""
+    if not place:
+        file.write_text(str(value))
+        return
+    found = json.loads(file.read_text())
+    inner = functools.reduce(lambda held, key: held[key], place[:-1], found)
+    inner[place[-1]] = value
+    file.write_text(json.dumps(found))
+
+
+def test_the_configuration_that_cannot_be_shown_is_left_out_too(
+    searched: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "config_object", lambda config: {"a": object()})
+    text = make(searched[0])
+    assert "the part &#x27;configuration&#x27; is left out" in part(text, "left-out")
+    assert 'id="faults-and-events"' in text
+
+
+def test_alphas_of_several_sizes_are_left_out_and_the_others_shown(tmp_path: Path) -> None:
+    root = begin(tmp_path / "run")
+    board = Board(root / "tensorboard", 0)
+    for step, widths in ((0, (32, 48, 64)), (10, (32, 64))):
+        choices: dict[str, tuple[int, ...]] = {"embed_dim": widths, "depth": SPACE.depth}
+        board.alphas(step, {k: [1 / len(c)] * len(c) for k, c in choices.items()}, choices)
+    board.close()
+    text = make(root)
+    note = "alpha/table/embed_dim is left out: its tables are of several sizes, (1, 2) and (1, 3)"
+    assert note in part(text, "left-out")
+    assert re.findall("<figcaption>(.*?)</figcaption>", part(text, "alphas")) == ["depth"]
+
+
+def test_events_that_cannot_be_read_are_left_out(
+    searched: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reload(self: object) -> None:
+        raise RuntimeError("a damaged record")
+
+    monkeypatch.setattr(record.EventAccumulator, "Reload", reload)
+    text = make(searched[0])
+    assert "RuntimeError(&#x27;a damaged record&#x27;)" in part(text, "left-out")
+    assert 'id="test-scores"' in text
+
+
+def test_a_pick_that_the_network_cannot_be_costs_the_clips_alone(
+    searched: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts import report
+
+    def find(*args: Any) -> list[Clip]:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    net = SimpleNamespace(space=SPACE)
+    run = SimpleNamespace(net=net, datasets=NAMES, close=lambda: closed.append(True))
+    closed: list[bool] = []
+    monkeypatch.setattr(report, "open_run", lambda *args: run)
+    monkeypatch.setattr(report, "find_clips", find)
+    root = Path(shutil.copytree(searched[0], tmp_path / "run"))
+    assert report.main([str(root)]) == 0
+    text = (root / "report.html").read_text()
+    assert "No clips are shown: RuntimeError: shapes cannot be multiplied" in text
+    other = Arch(192, 2, (3, 3), (4, 4))
+    spoil(root / "perturbation" / "result.json", ["arch"], json.loads(other.to_json()))
+    assert report.main([str(root)]) == 0
+    text = (root / "report.html").read_text()
+    assert "No clips are shown: embed_dim 192 is not in space nano: (32, 48, 64)" in text
+    assert str(other) in part(text, "picks")
+    assert str(other) in part(text, "architecture")
+    assert closed == [True, True]
 
 
 def test_alphas_are_shown_for_every_decision(searched: tuple[Path, Path]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from scripts import predict as script
 from tests.conftest import ROOT, SHARED_DATA
 from tests.media import encode, numbered
 from vimnas_ds import predict
 from vimnas_ds.data.bad import BadFile
-from vimnas_ds.export import export_subnet, read_json
+from vimnas_ds.export import ExportError, export_subnet, read_json
+from vimnas_ds.model.autoformer import AutoFormerNetwork, AutoFormerShape
 from vimnas_ds.predict import Classifier, is_picture, read_input
+from vimnas_ds.space import Arch
 
 PICTURE = {"frames": None, "size": 8, "resize": 8, "mean": (0, 0, 0), "std": (1, 1, 1)}
 LABELS = {"imagenet": list("abcdefg"), "k400": ["run", "sit", "swim", "walk", "wave"]}
@@ -127,6 +133,94 @@ def test_what_cannot_be_classified_is_said_in_words(exported, clip, tmp_path, ca
     assert (
         f"it is a run; python scripts/export.py --checkpoint {tmp_path}" in capsys.readouterr().err
     )
+
+
+IMAGE, CLIP = ("preprocess.json", "imagenet"), ("preprocess.json", "k400")
+ARCH, TUBE = ("arch.json",), ("arch.json", "tubes", 0)
+#: (the file and where in it, what is written there, what is said)
+SPOILT = [
+    ((*IMAGE, "size"), 0, "imagenet.size must be a whole number of at least 1, got 0"),
+    ((*IMAGE, "size"), 7, "does not fit an input of (1, 7, 7)"),
+    ((*IMAGE, "size"), 10**12, f"size {10**12}, resize 40 and frames None make inputs of more"),
+    ((*IMAGE, "resize"), "40", "imagenet.resize must be a whole number of at least 1, got '40'"),
+    ((*IMAGE, "mean"), [0.5, 0.5], "imagenet.mean must be three finite numbers, got [0.5, 0.5]"),
+    ((*IMAGE, "mean"), None, "imagenet.mean must be three finite numbers, got None"),
+    ((*IMAGE, "mean", 1), math.nan, "imagenet.mean must be three finite numbers"),
+    ((*IMAGE, "std"), [0, 0, 0], "imagenet.std must be three positive, finite numbers"),
+    ((*IMAGE, "std"), [1e-320] * 3, "its probabilities for"),
+    ((*CLIP, "frames"), 0, "k400.frames must be a whole number of at least 1, got 0"),
+    ((*CLIP, "frames"), True, "k400.frames must be a whole number of at least 1, got True"),
+    ((*CLIP, "frames"), 10**9, "make inputs of more"),
+    ((*CLIP, "fps"), None, "k400.fps must be a positive number with frames, got None"),
+    ((*CLIP, "fps"), 0, "k400.fps must be a positive number with frames, got 0"),
+    (CLIP, {"size": 32}, "k400 has no fps, frames, mean, resize, std"),
+    (("preprocess.json",), [], "preprocess.json: it says nothing of the head imagenet"),
+    (("labels.json", "k400"), list("abcdef"), "k400 has 6 class names, the network 5 classes"),
+    (("labels.json", "imagenet"), list("abcdefgh"), "imagenet has 8 class names, the network 7"),
+    (("labels.json", "k400"), "a walk", "k400 must be a list of class names"),
+    ((*ARCH, "position_dim"), 0, "position_dim must be a whole number of at least 64, got 0"),
+    ((*ARCH, "position_dim"), 10**12, "position_dim must be at most 65536, got"),
+    ((*ARCH, "position_dim"), 1e30, "position_dim must be a whole number"),
+    ((*ARCH, "head_dim"), -16, "head_dim must be a whole number of at least 1, got -16"),
+    ((*ARCH, "image_tube"), 0.5, "image_tube must be a whole number of at least 0, got 0.5"),
+    ((*TUBE, "stride"), [0, 8, 8], "tubes[0].stride must be a whole number of at least 1, got 0"),
+    ((*TUBE, "kernel"), [8], "tubes[0].kernel must be three numbers, got [8]"),
+    ((*ARCH, "arch", "mlp_ratio", 1), math.inf, "arch.mlp_ratio[1] must be a positive number"),
+    ((*ARCH, "arch", "mlp_ratio", 1), 10**400, "int too large"),
+    ((*ARCH, "arch", "num_heads", 0), 0, "arch.num_heads[0] must be a whole number of at least 1"),
+    ((*ARCH, "num_classes"), {"../x": 7, "k400": 5}, "'../x' is no name: letters, digits and _"),
+    ((*ARCH, "num_classes"), {"/tmp/x": 7, "k400": 5}, "'/tmp/x' is no name"),
+    ((*ARCH, "num_classes", "k400"), -5, "num_classes.k400 must be a whole number"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "said"), SPOILT, ids=[s[-1] for s in SPOILT])
+def test_exports_that_are_malformed_are_refused_in_words(
+    place, value, said, exported, tmp_path, capsys
+):
+    file, *keys = place
+    found = {"": read_json(exported, file)}
+    inner = functools.reduce(lambda held, key: held[key], ["", *keys][:-1], found)
+    inner[["", *keys][-1]] = value
+    (exported / file).write_text(json.dumps(found[""]))
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.jpg")
+    assert script.main([str(exported), str(tmp_path / "picture.jpg"), "--top", "99"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"cannot classify: {exported}")
+    assert said in error
+
+
+def test_inputs_that_the_network_does_not_take_are_refused_when_it_is_opened(
+    exported, tmp_path, monkeypatch
+):
+    shape = AutoFormerShape(head_dim=8, patch=8, side=4, reach=2)
+    net = AutoFormerNetwork(Arch(16, 1, (2,), (2,)), shape, {"imagenet": 7})
+    steps = {"size": 32, "resize": 40, "frames": None, "fps": None}
+    labels = {"imagenet": LABELS["imagenet"]}
+    for change, said in (({}, ""), ({"size": 40}, "pictures of 32 pixels, not size 40"),
+                         ({"frames": 8, "fps": 8.0}, "not size 32 and frames 8")):  # fmt: skip
+        export_subnet(net, tmp_path / "theirs", labels, {"imagenet": {**steps, **change}}, {})
+        with pytest.raises(ExportError, match=said) if said else contextlib.nullcontext():
+            Classifier(tmp_path / "theirs")
+    about = read_json(tmp_path / "theirs", "arch.json")
+    about["shape"]["patch"] = 0
+    (tmp_path / "theirs" / "arch.json").write_text(json.dumps(about))
+    with pytest.raises(ExportError, match=r"shape\.patch must be a whole number"):
+        Classifier(tmp_path / "theirs")
+    monkeypatch.setattr(predict, "MAX_TOKENS", 15)
+    with pytest.raises(ExportError, match="size 32 and frames None make 16 tokens"):
+        Classifier(exported)
+
+
+def test_weights_that_cannot_answer_are_refused_in_words(exported, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.jpg")
+    weights = load_file(exported / "model.safetensors")
+    bad = {"not numbers": {**weights, "norm.bias": weights["norm.bias"] * math.nan},
+           "cannot classify": {name: w.double() for name, w in weights.items()}}  # fmt: skip
+    for said, tensors in bad.items():
+        save_file(tensors, exported / "model.safetensors")
+        assert script.main([str(exported), str(tmp_path / "picture.jpg")]) == 2
+        assert said in capsys.readouterr().err.removeprefix("cannot classify: ")
 
 
 def test_whoever_may_read_the_folder_may_read_the_weights(exported):

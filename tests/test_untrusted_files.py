@@ -118,6 +118,16 @@ def test_weights_to_start_from_are_never_unpickled(write, suffix, tmp_path, monk
     assert not Path("ran").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x02.", b"\x80\x02K\x01.", b"\x80\x02u.", b"PK\x03\x04"]
+)
+def test_pickles_that_are_cut_are_refused_in_words(content, tmp_path):
+    file = tmp_path / "cut.pth"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"vimnas\.model\.init: .*cut\.pth"):
+        read_weights(file)
+
+
 def test_the_payload_would_run_where_it_was_let(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pickled(tmp_path / "theirs.pth")
@@ -267,7 +277,8 @@ def test_a_finished_training_cannot_name_a_checkpoint_elsewhere(tmp_path):
     "text",
     ["__import__('os')", "[" * 100_000, '{"arch": [1]}', '{"embed_dim": 1e999, "depth": 1, "num'
      '_heads": [1], "mlp_ratio": [4]}', '{"embed_dim": true, "depth": 1, "num_heads": [1], "mlp_'
-     'ratio": [4]}', '{"embed_dim": "x", "depth": null, "num_heads": 3, "mlp_ratio": "4"}'],
+     'ratio": [4]}', '{"embed_dim": "x", "depth": null, "num_heads": 3, "mlp_ratio": "4"}',
+     '{"embed_dim": 64, "depth": 1, "num_heads": [1], "mlp_ratio": [1' + "0" * 400 + "]}"],
 )  # fmt: skip
 def test_an_architecture_file_is_only_ever_data(text, tmp_path):
     file = tmp_path / "arch.json"

@@ -27,7 +27,7 @@ def read_arch(path: Path, space: SearchSpace | None = None) -> Arch:
         if space is not None:
             space.validate(arch)
         return arch
-    except (TypeError, ValueError) as err:
+    except (TypeError, ValueError, OverflowError) as err:
         raise ConfigError(f"{path}: {err}") from err
 
 

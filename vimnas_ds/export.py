@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from vimnas_ds.export_check import check_arch, check_classes, check_geometry, check_shape
 from vimnas_ds.model.autoformer import AutoFormerNetwork, AutoFormerShape
 from vimnas_ds.model.block import ModelOptions
 from vimnas_ds.model.subnet import SubNetwork
@@ -42,7 +43,8 @@ _HOW = (
 
 
 _MISFITS = (
-    KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError,
+    KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, OSError,
+    SafetensorError,
 )  # fmt: skip
 
 
@@ -95,8 +97,12 @@ def _describe(net: Network) -> dict[str, Any]:
 def _build(about: Mapping[str, Any]) -> Network:
     """The network that `_describe` described, its weights not yet set."""
     arch = Arch.from_json(about["arch"])
+    check_arch(arch)
+    check_classes(about["num_classes"])
     if about["format"] == AUTOFORMER_FORMAT:
+        check_shape(about["shape"])
         return AutoFormerNetwork(arch, AutoFormerShape(**about["shape"]), about["num_classes"])
+    check_geometry(about, arch)
     tubes = tuple(
         Tube(tuple(t["kernel"]), tuple(t["stride"]), tuple(t["offset"])) for t in about["tubes"]
     )

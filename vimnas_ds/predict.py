@@ -24,10 +24,14 @@ from vimnas_ds.data.bad import BadFile, BadVideo
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.images import understood
 from vimnas_ds.data.sampling import whole_picture
-from vimnas_ds.export import ExportError, load_subnet, read_json
+from vimnas_ds.export import ExportError, Network, load_subnet, read_json
+from vimnas_ds.export_check import check_labels, check_preprocess
+from vimnas_ds.model.autoformer import AutoFormerNetwork
 
 #: Formats of Pillow's that are videos here when they move.
 _ANIMATIONS = ("AVIF", "GIF", "PNG")
+#: Of one input; 64 frames of 224 pixels in dense cubes make 6,272.
+MAX_TOKENS = 2**17
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Prediction:
 class Classifier:
     """An export opened for classification.
 
-    Raises ExportError for a bad export.
+    Raises ExportError for a bad export: its three JSON files are checked once, here.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -50,6 +54,13 @@ class Classifier:
         self._net = load_subnet(self.folder)
         self._labels = read_json(self.folder, "labels.json")
         self._steps = read_json(self.folder, "preprocess.json")
+        for name, head in self._net.heads.items():
+            classes = len(head.get_parameter("bias"))
+            with self._checked("labels.json"):
+                check_labels(self._labels, name, classes)
+            with self._checked("preprocess.json"):
+                check_preprocess(self._steps, name)
+                check_size(self._net, self._steps[name])
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -62,8 +73,7 @@ class Classifier:
             raise ExportError(
                 f"{self.folder} has no head {dataset!r}; it has {', '.join(self.datasets)}"
             )
-        with self._fitting():
-            return dict(self._steps[dataset])
+        return dict(self._steps[dataset])
 
     def heads_for(self, file: Path) -> tuple[str, ...]:
         """The heads that take such a file. Raises BadFile where there is none."""
@@ -77,22 +87,29 @@ class Classifier:
     def __call__(self, file: Path, dataset: str, top: int = 5) -> Prediction:
         """The `top` most probable classes of `file`, by the head of `dataset`.
 
-        Raises ExportError for a dataset without a head, BadFile for a file that cannot be decoded
-        or is a picture where videos are taken, or the other way round.
+        Raises ExportError for a dataset without a head and for a network that cannot be run or
+        answers with no numbers, BadFile for a file that cannot be decoded or is a picture where
+        videos are taken, or the other way round.
         """
         steps, still = self.steps(dataset), is_picture(file)
         if self._takes_pictures(dataset) != still:
             raise BadFile(str(file), f"{_kind(still)}: {self._which((dataset,), not still)}")
-        with self._fitting():
+        names = self._labels[dataset]
+        try:
             x = read_input(file, steps)
-            names = [str(name) for name in self._labels[dataset]]
-            best = self._net(x, dataset).softmax(-1)[0].topk(max(1, min(top, len(names))))
-            labels = tuple(names[i] for i in best.indices.tolist())
+            shares = self._net(x, dataset).softmax(-1)[0]
+        except BadFile:
+            raise
+        except (RuntimeError, ValueError, OverflowError, MemoryError) as err:
+            raise ExportError(f"{self.folder} cannot classify {file}: {err}") from err
+        if not shares.isfinite().all():
+            raise ExportError(f"{self.folder}: its probabilities for {file} are not numbers")
+        best = shares.topk(max(1, min(top, len(names))))
+        labels = tuple(names[i] for i in best.indices.tolist())
         return Prediction(labels, tuple(best.values.tolist()), x)
 
     def _takes_pictures(self, dataset: str) -> bool:
-        with self._fitting():
-            return self._steps[dataset]["frames"] is None
+        return self._steps[dataset]["frames"] is None
 
     def _which(self, datasets: Sequence[str], still: bool) -> str:
         what = "pictures" if still else "videos"
@@ -100,13 +117,24 @@ class Classifier:
         return f"the {heads} take{'s' * (len(datasets) == 1)} {what} only"
 
     @contextmanager
-    def _fitting(self) -> Iterator[None]:
+    def _checked(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (KeyError, IndexError, TypeError) as err:
-            raise ExportError(
-                f"{self.folder}: labels.json or preprocess.json does not fit: {err!r}"
-            ) from err
+        except ValueError as err:
+            raise ExportError(f"{self.folder}: {name}: {err}") from err
+
+
+def check_size(net: Network, steps: Mapping[str, Any]) -> None:
+    """Raise ValueError where `net` does not take inputs that are made so."""
+    size, frames = steps["size"], steps["frames"]
+    if isinstance(net, AutoFormerNetwork):
+        if frames is not None or size != net.shape.size:
+            raise ValueError(
+                f"the network takes pictures of {net.shape.size} pixels, not size {size} and "
+                f"frames {frames}"
+            )
+    elif (tokens := net.geometry.num_tokens(frames, size)) > MAX_TOKENS:
+        raise ValueError(f"inputs of size {size} and frames {frames} make {tokens} tokens")
 
 
 def classify(folder: str | Path, file: str | Path, dataset: str, top: int = 5) -> Prediction:

@@ -1,19 +1,40 @@
-"""Which operators do the work, and whether they compute what their references do."""
+"""Which operators do the work, and whether they compute what their references do.
+
+Each is run in float32 and in bfloat16, which a GPU trains in: kernels are chosen by the dtype, and
+no flash kernel takes float32. AdamW alone updates float32 whatever the network computes in.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from vimnas_ds.doctor.finding import Finding, State, has_gpu
+from vimnas_ds.doctor.finding import Finding, has_gpu
+
+if TYPE_CHECKING:  # a check imports torch, so that its absence is a finding
+    from torch import Tensor
+
+    from vimnas_ds.ops.apex import LayerNorm
 
 BUILD = "pip install --no-build-isolation -e ."
+REBUILD = f"{BUILD} --force-reinstall"
 APEX = (
     "pip install -v --no-build-isolation --config-settings '--build-option=--cpp_ext' "
     "--config-settings '--build-option=--cuda_ext' git+https://github.com/NVIDIA/apex"
 )
+REBUILD_APEX = f"{APEX} --force-reinstall --no-deps, or pip uninstall apex"
+#: of a kernel that was resolved and cannot run
+MEND_ATTENTION = {
+    "sdpa": REBUILD,
+    "flash_attn": "pip install --force-reinstall --no-deps --no-build-isolation flash-attn, "
+    "or export VIMNAS_ATTENTION=sdpa",
+}
 
 
 def extension() -> list[Finding]:
@@ -63,7 +84,7 @@ def gates() -> list[Finding]:
     x, mass = torch.randn(6, 16), torch.rand(16)
 
     def ours(x: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-        one = torch.ones(16, device=x.device)
+        one, mass = torch.ones(16, device=x.device), mass.float()  # as it is in training
         return gated_norm(x, mass, one, one, 1e-6) + gated_gelu(x, mass)
 
     def reference(x: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
@@ -88,29 +109,73 @@ def attention() -> list[Finding]:
     def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
 
+    mend = MEND_ATTENTION.get(backend, f"unset {VARIABLE}")
     tensors = [torch.randn(2, 3, 20, 16) for _ in range(3)]
-    found = _same("attention", attention, explicit, tensors)
-    found = Finding(found.name, found.state, f"{lines[-1]}; {found.detail}")
+    found = _same("attention", attention, explicit, tensors, mend)
+    why = lines[-1] if lines else f"attention: {backend}"  # it was resolved before
+    found = replace(found, detail=f"{why}; {found.detail}")
     if found.state == "ok" and has_gpu() and backend == "sdpa":
         told = f"{found.detail}; SDPA has fused kernels of its own"
         return [Finding("attention", "slow", told, "pip install '.[gpu]'", required=False)]
     return [found]
 
 
-def layer_norm() -> list[Finding]:
-    """apex's kernel on GPUs."""
+def apex() -> list[Finding]:
+    """NVIDIA apex on GPUs: its layer norm, and FusedAdam where it is compiled."""
     from vimnas_ds.ops.apex import fused_layer_norm, nvidia_apex, torch_layer_norm
 
-    parts = nvidia_apex()
     if not has_gpu():
         return [Finding("apex", "skipped", "no GPU: PyTorch's layer norm does the work")]
+    parts = nvidia_apex()
     if parts is None:
         told = "NVIDIA apex is not installed (PyPI's apex is another project)"
         return [Finding("apex", "missing", told, APEX, required=False)]
-    if fused_layer_norm() is torch_layer_norm:
+    adam = [_fused_adam()] if "amp_C" in parts else []
+    kernel = fused_layer_norm()
+    if kernel is torch_layer_norm:
         told = f"installed, but its layer norm cannot be used; compiled parts: {sorted(parts)}"
-        return [Finding("apex", "slow", told, APEX, required=False)]
-    return [Finding("apex", "ok", f"its layer norm does the work; compiled: {sorted(parts)}")]
+        return [Finding("apex", "slow", told, APEX, required=False), *adam]
+    return [_apex_layer_norm(kernel, sorted(parts)), *adam]
+
+
+def _apex_layer_norm(kernel: LayerNorm, parts: Sequence[str]) -> Finding:
+    import torch
+
+    from vimnas_ds.ops.apex import torch_layer_norm
+
+    def ours(*t: torch.Tensor) -> torch.Tensor:
+        return kernel(t[0], t[1], t[2], 1e-6)
+
+    def reference(*t: torch.Tensor) -> torch.Tensor:
+        return torch_layer_norm(t[0], t[1], t[2], 1e-6)
+
+    tensors = torch.randn(6, 64), torch.randn(64), torch.randn(64)
+    found = _same("apex", ours, reference, tensors, REBUILD_APEX)
+    return replace(found, detail=f"its layer norm does the work; {found.detail}; compiled: {parts}")
+
+
+def _fused_adam() -> Finding:
+    """Against torch's AdamW; training does without it."""
+    import torch
+
+    start, grad, device = torch.randn(100), torch.randn(100), _device()
+    both = []
+    try:
+        fused = importlib.import_module("apex.optimizers").FusedAdam
+        for make in (fused, torch.optim.AdamW):
+            weight = torch.nn.Parameter(start.clone().to(device))
+            weight.grad = grad.to(device)
+            optimizer = make([weight], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+            for _ in range(2):
+                optimizer.step()
+            both.append(weight.detach())
+    except Exception as err:  # whatever a broken build raises
+        found = _cannot_run("apex FusedAdam", f"on {device}", err, REBUILD_APEX)
+    else:
+        error = float((both[0] - both[1]).abs().max())
+        told = f"on {device}: two updates differ from torch's AdamW by {error:.1e} at most"
+        found = _verdict("apex FusedAdam", error <= 1e-5, told, REBUILD_APEX)
+    return replace(found, required=False)
 
 
 def adamw() -> list[Finding]:
@@ -123,7 +188,7 @@ def adamw() -> list[Finding]:
 
     rows, rates = np.array([[3, 4, 5, 8], [40, 2, 16, 16]]), np.array([[1e-3, 0.5], [2e-3, 0.9]])
     start = [torch.randn(80) for _ in range(3)] + [torch.rand(80)]
-    device = "cuda" if has_gpu() else "cpu"
+    device = _device()
     if not usable(torch.empty(0, device=device)):
         told = "the Python reference does the work: see extension"
         return [Finding("adamw", "slow", told, BUILD)]
@@ -132,35 +197,74 @@ def adamw() -> list[Finding]:
         tensors = tuple(t.clone().to(device) for t in start)
         update(tensors, rows, rates, 1e-3, 0.1, (0.9, 0.999), 1e-8)
         both.append(torch.cat(tensors))
-    return [_verdict("adamw", float((both[0] - both[1]).abs().max()), 1e-5, device)]
+    error = float((both[0] - both[1]).abs().max())
+    told = f"on {device} in float32: differs from the reference by {error:.1e} at most"
+    return [_verdict("adamw", error <= 1e-5, told, REBUILD)]
+
+
+def _device() -> str:
+    return "cuda" if has_gpu() else "cpu"
 
 
 def _same(
-    name: str, ours: Callable[..., object], reference: Callable[..., object], tensors: object
+    name: str,
+    ours: Callable[..., object],
+    reference: Callable[..., object],
+    tensors: Sequence[Tensor],
+    mend: str = REBUILD,
 ) -> Finding:
-    """Values and gradients of both in float32, on the GPU if there is one."""
+    """Values and gradients of `ours` in float32 and bfloat16 beside those of the reference, which
+    takes the same inputs in float32; on the GPU if there is one."""
     import torch
 
-    assert isinstance(tensors, list | tuple)
-    device, both = "cuda" if has_gpu() else "cpu", []
-    for function in (ours, reference):
-        inputs = [t.clone().to(device).requires_grad_() for t in tensors]
-        y = function(*inputs)
-        assert isinstance(y, torch.Tensor)
-        y.square().mean().backward()
-        both.append([y.detach(), *(t.grad for t in inputs)])
-    error = max(
-        float((a - b).abs().max() / b.abs().max())
-        for a, b in zip(*both, strict=True)
-        if a is not None and b is not None
-    )
-    return _verdict(name, error, 1e-2 if device == "cuda" else 1e-4, device)
+    device, told = _device(), []
+    # float32 products may be TF32's on a GPU
+    most = {torch.float32: 1e-2 if device == "cuda" else 1e-4, torch.bfloat16: 2e-2}
+    for dtype in most:
+        rounded = [t.to(device, dtype) for t in tensors]
+        kind = str(dtype).removeprefix("torch.")
+        try:
+            error = _difference(
+                _values_and_gradients(ours, rounded),
+                _values_and_gradients(reference, [t.float() for t in rounded]),
+            )
+        except Exception as err:  # whatever a kernel's package raises
+            return _cannot_run(name, f"on {device} in {kind}", err, mend)
+        told.append(f"{error:.1e} in {kind}")
+        if not error <= most[dtype]:
+            break
+    text = f"on {device}: values and gradients differ from the reference by {', '.join(told)}"
+    return _verdict(name, error <= most[dtype], text, mend)
 
 
-def _verdict(name: str, error: float, most: float, device: str) -> Finding:
-    state: State = "ok" if error <= most else "failed"
-    told = f"on {device}: values and gradients differ from the reference by {error:.1e} at most"
-    return Finding(name, state, told, "" if state == "ok" else f"{BUILD} --force-reinstall")
+def _values_and_gradients(
+    function: Callable[..., object], tensors: Sequence[Tensor]
+) -> list[Tensor | None]:
+    import torch
+
+    inputs = [t.clone().requires_grad_() for t in tensors]
+    y = function(*inputs)
+    assert isinstance(y, torch.Tensor)
+    y.float().square().mean().backward()
+    return [y.detach(), *(t.grad for t in inputs)]
+
+
+def _difference(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> float:
+    """The largest, relative to the largest value of each; not a number where one is not, infinite
+    where a gradient is lacking."""
+    errors = []
+    for a, b in zip(found, wanted, strict=True):
+        if b is not None:
+            errors.append(math.inf if a is None else float((a - b).abs().max() / b.abs().max()))
+    return next((e for e in errors if math.isnan(e)), max(errors))
+
+
+def _cannot_run(name: str, where: str, err: Exception, mend: str) -> Finding:
+    return Finding(name, "failed", f"cannot run {where}: {type(err).__name__}: {err}", mend)
+
+
+def _verdict(name: str, good: bool, told: str, mend: str) -> Finding:
+    return Finding(name, "ok", told) if good else Finding(name, "failed", told, mend)
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """One thing that was looked at, and how checks are kept from taking the doctor with them.
 
 A check is a function that returns findings. It runs in a forked process: a missing package, a
-crash of compiled code or a hang is then a finding like any other.
+crash of compiled code or a hang is then a finding like any other. The processes that a check starts
+are of its process group and end with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +61,9 @@ def isolated(check: Check, seconds: float, starting: float = 180.0) -> list[Find
     ours, theirs = context.Pipe()
     child = context.Process(target=_inside, args=(check, theirs))
     child.start()
+    assert child.pid is not None
+    with contextlib.suppress(OSError):  # it has done so itself, or has ended
+        os.setpgid(child.pid, child.pid)
     theirs.close()
     started, answer = time.perf_counter(), None
     try:
@@ -74,13 +80,15 @@ def isolated(check: Check, seconds: float, starting: float = 180.0) -> list[Find
         child.join()
         answer = _failed(check, f"ended its process (exit code {child.exitcode})")
     finally:
-        child.kill()
+        with contextlib.suppress(ProcessLookupError):  # nothing is left of it
+            os.killpg(child.pid, signal.SIGKILL)
         child.join()
     took = time.perf_counter() - started
     return [replace(finding, seconds=took) for finding in answer or []]
 
 
 def _inside(check: Check, pipe: Connection) -> None:
+    os.setpgid(0, 0)
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(silence, stream)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from vimnas_ds.page.markup import percent
+from vimnas_ds.space import Arch
 
 #: of searches whose picks are equally good
 ORDER = ("perturbation", "front", "evolution")
-#: what a result.json must hold to be shown
+#: what a result.json must hold to be shown, and of each of its datasets
 NEEDED = ("selector", "arch", "objective", "accuracy", "loss", "datasets")
+NUMBERS = ("select_top1", "count", "params")
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,33 @@ class Choice:
     why: str
 
 
+def unfit(found: Mapping[str, Any]) -> str:
+    """Why a result.json cannot be shown; empty where it can."""
+    if lacking := [key for key in NEEDED if key not in found]:
+        return f"no {', '.join(lacking)}"
+    if not isinstance(found["objective"], dict) or "metric" not in found["objective"]:
+        return "its objective has no metric"
+    if not isinstance(found["datasets"], dict) or not found["datasets"]:
+        return "it has no datasets"
+    values = [(key, found[key]) for key in ("accuracy", "loss")]
+    for name, scores in found["datasets"].items():
+        for key in NUMBERS:
+            value = scores.get(key) if isinstance(scores, dict) else None
+            values.append((f"datasets.{name}.{key}", value))
+    for key, value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"{key} is no number: {value!r}"
+    try:
+        if not isinstance(found["arch"], dict):
+            return "its arch is no JSON object"
+        Arch.from_json(found["arch"])
+    except (TypeError, ValueError, OverflowError) as err:
+        return f"its arch: {err}"
+    return ""
+
+
 def choose(picks: Mapping[str, Mapping[str, Any]]) -> Choice | None:
-    """Of result.json by search; None without any."""
+    """Of result.json by search, none of them `unfit`; None without any."""
     names = sorted(picks, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
     if not names:
         return None

@@ -36,8 +36,9 @@ def build_page(record: Record, clips: str, now: datetime) -> str:
     ]
     head = _part(training.headline, record) + _part(training.standing, record)
     parts = [_part(make, record) for make in first]
-    # the last two tell of what the others could not use
-    parts += [clips, training.faults(record), training.configuration(record)]
+    last = [_part(make, record) for make in (training.faults, training.configuration)]
+    # what the others could not use is told when all are made
+    parts += [clips, last[0], training.left_out(record), last[1]]
     body = "".join(parts)
     titles = re.findall(r'<section id="([^"]*)"><h2><a href="[^"]*">([^<]*)</a>', body)
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles)
@@ -62,7 +63,9 @@ def _part(make: Callable[[Record], str], record: Record) -> str:
     """A part, or nothing and a note where its file has not the form that this version writes."""
     try:
         return make(record)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as err:
+    except (
+        Exception
+    ) as err:  # there is no end to what a file may hold: the others come all the same
         record.notes.append(
             f"the part {make.__name__!r} is left out, its files have another form: {err!r}"
         )

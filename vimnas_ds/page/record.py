@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from vimnas_ds.config import ConfigError, RunConfig, load_config
-from vimnas_ds.page.choice import NEEDED, Choice, choose
+from vimnas_ds.page.choice import Choice, choose, unfit
 from vimnas_ds.train.run_files import RunFiles
 
 #: of a curve, at most; longer ones are averaged in equal parts
@@ -117,40 +117,48 @@ def read_record(root: Path) -> Record:
     record = Record(
         files,
         load_config(files.config),
-        _json(files.labels, notes),
-        _json(files.environment, notes),
-        _json(files.summary, notes),
-        _json(files.status, notes),
-        _json(root / "evaluation.json", notes),
-        _json(root / "compare" / "compare.json", notes),
-        _json(root / "ranking" / "ranking.json", notes),
-        _json(root / "front" / "front.json", notes),
+        _json(root, files.labels.name, notes),
+        _json(root, files.environment.name, notes),
+        _json(root, files.summary.name, notes),
+        _json(root, files.status.name, notes),
+        _json(root, "evaluation.json", notes),
+        _json(root, "compare/compare.json", notes),
+        _json(root, "ranking/ranking.json", notes),
+        _json(root, "front/front.json", notes),
         notes=notes,
     )
     for file in sorted(root.glob("*/result.json")):
-        found = _json(file, notes)
+        name = f"{file.parent.name}/{file.name}"
+        found = _json(root, name, notes)
         if found is None or "selector" not in found:
             continue
-        if lacking := [key for key in NEEDED if key not in found]:
-            notes.append(f"{file.parent.name}/{file.name} is left out: no {', '.join(lacking)}")
+        if wrong := unfit(found):
+            notes.append(f"{name} is left out: {wrong}")
         else:
             record.picks[file.parent.name] = found
     if files.log.is_file():
         record.log = files.log.read_text(encoding="utf-8", errors="replace").splitlines()
     if files.tensorboard.is_dir():
-        _read_events(record, files.tensorboard)
+        try:
+            _read_events(record, files.tensorboard)
+        except Exception as err:  # its readers raise of damaged files whatever they stumble over
+            notes.append(f"{files.tensorboard.name} is left out in part, cannot be read: {err!r}")
     return record
 
 
-def _json(file: Path, notes: list[str]) -> dict[str, Any] | None:
+def _json(root: Path, name: str, notes: list[str]) -> dict[str, Any] | None:
+    file = root / name
     if not file.is_file():
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        notes.append(f"{file.name} cannot be read and is left out: {err}")
+    except (OSError, ValueError, RecursionError) as err:
+        notes.append(f"{name} cannot be read and is left out: {err}")
         return None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        notes.append(f"{name} is left out: it holds no JSON object")
+        return None
+    return found
 
 
 def _read_events(record: Record, folder: Path) -> None:
@@ -166,7 +174,12 @@ def _read_events(record: Record, folder: Path) -> None:
             found = [latest[number] for number in sorted(latest)]
             step = -(-len(found) // MOST_POINTS)
             kept = [*found[:-1:step], found[-1]]
-            values = np.stack([make_ndarray(e.tensor_proto) for e in kept]).astype(np.float64)
+            tables = [make_ndarray(e.tensor_proto) for e in kept]
+            if len(shapes := {t.shape for t in tables}) > 1:
+                told = " and ".join(map(str, sorted(shapes)))
+                record.notes.append(f"{tag} is left out: its tables are of several sizes, {told}")
+                continue
+            values = np.stack(tables).astype(np.float64)
             record.alphas[tag.removeprefix("alpha/table/")] = Table([e.step for e in kept], values)
 
 

@@ -238,7 +238,7 @@ def test_scores(record: Record) -> str:
 
 
 def faults(record: Record) -> str:
-    """What was replaced, left out, skipped; the log's lines about it."""
+    """What was replaced, left out, skipped in training; the log's lines about it."""
     found = record.summary or {}
     replaced = dict(found.get("samples_replaced", {}))
     for name, curve in record.by_tag("data/replaced/").items():
@@ -260,9 +260,15 @@ def faults(record: Record) -> str:
     ]
     body = pairs(values)
     body += items(record.events, "log") if record.events else "<p>The log tells of no event.</p>"
-    if record.notes:
-        body += "<h3>Files of the run that this page could not use</h3>" + items(record.notes)
     return section("Faults and events", body)
+
+
+def left_out(record: Record) -> str:
+    """The notes: they hold words of files only as text, so that this part always comes."""
+    if not record.notes:
+        return ""
+    lead = "Files of the run that this page could not use, or not in full."
+    return section("Left out", items(record.notes), lead)
 
 
 def _counted(counts: dict[str, int]) -> str:
