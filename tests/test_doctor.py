@@ -138,6 +138,32 @@ def test_what_a_hung_check_has_started_ends_with_it(tmp_path):
     assert not _runs(pid)
 
 
+def test_a_doctor_that_is_ended_leaves_no_check_behind():
+    script = str(ROOT / "scripts" / "doctor.py")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    doctors = subprocess.Popen([sys.executable, script, "--only", "deepspeed"], env=env, cwd=ROOT)
+    try:
+        children = Path(f"/proc/{doctors.pid}/task/{doctors.pid}/children")
+        checks: list[int] = []
+        while not checks and doctors.poll() is None:
+            checks = [p for p in map(int, children.read_text().split()) if _leads(p)]
+        doctors.terminate()
+        assert doctors.wait(30) == 128 + signal.SIGTERM
+    finally:
+        doctors.kill()
+        doctors.wait()
+    assert checks
+    assert not any(map(_runs, checks))
+
+
+def _leads(pid: int) -> bool:
+    """Whether it has a process group of its own."""
+    try:
+        return os.getpgid(pid) == pid
+    except ProcessLookupError:
+        return False
+
+
 def _runs(pid: int) -> bool:
     """Not so of one that is dead and not yet waited for."""
     status = Path(f"/proc/{pid}/stat")
