@@ -59,7 +59,7 @@ SMALL = {
     "compare": "--samples 8 --k 2 --evaluations 4 --single_view",
     "evaluate": "--single_view",
     "report": "--clips 4",
-    "ranking": "--count 2 --trial --steps 12 --epochs 1",
+    "ranking": "--count 2 --trial --epochs 1",
     "train": "--set vimnas.schedule.epochs=1 --set vimnas.schedule.warmup=1",
     "bench_step": "--runs 1 --space vit_t --smallest",
     "bench_loader": "--runs 1",

@@ -63,9 +63,7 @@ def _part(make: Callable[[Record], str], record: Record) -> str:
     """A part, or nothing and a note where its file has not the form that this version writes."""
     try:
         return make(record)
-    except (
-        Exception
-    ) as err:  # there is no end to what a file may hold: the others come all the same
+    except Exception as err:  # there is no end to what a file may hold: the other parts come
         record.notes.append(
             f"the part {make.__name__!r} is left out, its files have another form: {err!r}"
         )
