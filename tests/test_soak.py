@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,36 @@ def test_memory_that_is_freed_now_and_then_does_not_hide_a_leak() -> None:
     assert not one.is_flat(16)
     with pytest.raises(ValueError, match="second quarter"):
         trend([*range(8), *range(90, 101)], [3] * 19)
+
+
+def test_a_soak_says_how_small_a_leak_it_sees_and_sees_a_larger_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """16 MiB in 1,000 steps are 16 KiB a step; in ten times the steps, a tenth."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from soak import TOLERANCES, judge, unseen
+
+    def found(times: int, kib: float) -> list[list[Any]]:
+        samples = [
+            {"rank": rank, "step": times * step}
+            | dict.fromkeys(TOLERANCES, 5)
+            | {"RSS (MiB)": value + kib * times * step / 1024}
+            for step, value in zip([*STEPS, 2000], [*values(0), 0], strict=True)
+            for rank in (0, 1)
+        ]
+        return judge(samples)[1]
+
+    for times, said in ((1, "16.5 KiB"), (10, "1.65 KiB")):  # of 990 and 9,900 steps
+        assert unseen(found(times, 0)) == (
+            f"a steady leak passes for flat up to: RSS {said} a step, anonymous {said} a step, "
+            f"open files {2.02 / times:.3g} in 1000 steps, threads {1.01 / times:.3g} in 1000 "
+            f"steps, child processes {0.505 / times:.3g} in 1000 steps, "
+            f"/dev/shm {1.03 / times:.3g} KiB a step"
+        )
+        limit = float(said.split()[0])
+        for kib, flat in ((0.7 * limit, True), (1.2 * limit, False)):
+            shown = [one for one in found(times, kib) if one[0] == "RSS (MiB)"]
+            assert [one[3] for one in shown] == [flat, flat], (times, kib)
 
 
 def test_too_few_samples_are_no_trend() -> None:

@@ -8,6 +8,8 @@ and the quantity is flat if neither the second half's line rises by more than a 
 peak of the last quarter above that of the second: a line through many samples sees little of an
 evaluation that happens to run, peaks see through memory that is freed only now and then. The start
 is left to caches, pools and allocators that fill.
+
+What is flat may still grow by tolerance / (last x - first x) a step: a longer run proves more.
 """
 
 from __future__ import annotations
@@ -31,10 +33,15 @@ class Trend:
     slopes: tuple[float, float]  #: per 1000 steps, of the first half and of the second
     rise: float  #: of the line through the second half, from its beginning to its end
     peak_rise: float  #: of the last quarter's peak above the second quarter's
+    span: float  #: steps from the first sample of the second half to the last
 
     def is_flat(self, tolerance: float) -> bool:
         """Shrinking is flat too."""
         return max(self.rise, self.peak_rise) <= tolerance
+
+    def unseen(self, tolerance: float) -> float:
+        """What a steady growth may be, per step, and pass for flat."""
+        return tolerance / self.span
 
 
 def trend(steps: Sequence[float], values: Sequence[float]) -> Trend:
@@ -47,13 +54,15 @@ def trend(steps: Sequence[float], values: Sequence[float]) -> Trend:
     early, late, second = y[(share >= 0.25) & (share <= 0.5)], y[share >= 0.75], x[share >= 0.5]
     if not len(early):
         raise ValueError("a trend needs samples in the second quarter of the run")
+    span = float(second[-1] - second[0])
     return Trend(
         float(y[0]),
         float(np.median(early)),
         float(np.median(late)),
         (1000 * slopes[0], 1000 * slopes[1]),
-        slopes[1] * float(second[-1] - second[0]),
+        slopes[1] * span,
         float(late.max() - early.max()),
+        span,
     )
 
 
