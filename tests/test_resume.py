@@ -71,3 +71,19 @@ def test_the_guards_learning_rate_is_kept_while_it_is_off_and_that_is_said(cases
     rates = [round(rate, 6) for rate in found["rates"].values()]
     assert rates == [1] * 3 + [0.25] + [1] * 4 + [0.25] * (len(rates) - 8)
     assert len(rates) == 18
+
+
+def test_a_run_that_the_guard_gave_up_goes_on_when_a_person_has_changed_it(cases):
+    """The latest checkpoint is the good one, though later ones were saved; as it is the run comes
+    to the same, and at another rate it has all its rewinds again."""
+    found = cases["given up"]
+    first, again, last = found["ends"]
+    assert "after 1 rewinds near there" in first
+    assert "step00000008, from before it, is the latest checkpoint again" in first
+    assert again == first
+    assert last == "done"
+    assert found["left"][0][0] == found["left"][1][0] == "step00000008"
+    events = [(e["step"], e["to"], e["lr_factor"]) for e in found["history"]]
+    assert events == [(8, 6, 1), (10, 8, 1)]
+    assert found["left"][2][0] == "step00000018"
+    assert found["finite"]

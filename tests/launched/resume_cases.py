@@ -8,6 +8,7 @@ Every case prints one line `RESULT name {json}`; the claims are checked by pytes
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.untrained import write_data
 from vimnas_ds.config import ConfigError, load_config
 from vimnas_ds.train.checkpoint_names import newest_first
 from vimnas_ds.train.claim import choose_start
+from vimnas_ds.train.guard import NotSound
 from vimnas_ds.train.loop import Trainer
 from vimnas_ds.train.open_data import open_data
 from vimnas_ds.train.ranks import settle_on_cpu, start_ranks
@@ -33,6 +35,9 @@ raw["vimnas"] |= {
     "checkpoint": {"every": 4, "keep": 3},
 }
 (root / "config.json").write_text(json.dumps(raw))
+raw["vimnas"]["data"]["datasets"].pop("k400")
+raw["vimnas"]["schedule"]["epochs"] = 6
+(root / "images.json").write_text(json.dumps(raw))
 ranks = start_ranks()
 settle_on_cpu(1, ranks)
 Before = Callable[[Trainer, StepContext, float], None]
@@ -46,13 +51,19 @@ def report(name: str, **values: object) -> None:
     print("RESULT", name, json.dumps(values), flush=True)
 
 
-def train(name: str, resume: str | None, *values: str, before: Before | None = None) -> Trainer:
+def train(
+    name: str,
+    resume: str | None,
+    *values: str,
+    before: Before | None = None,
+    file: str = "config.json",
+) -> Trainer:
     """The run root/NAME as scripts/train.py has it, to its end or to the Killed of `before`, which
     is called ahead of every step with its learning rate."""
     sets = [f"vimnas.output_dir={root / name}", *(f"vimnas.{value}" for value in values)]
-    config = load_config(root / "config.json", sets)
+    config = load_config(root / file, sets)
     start = choose_start(RunFiles(config.vimnas.output_dir), resume, False)
-    data = open_data(config.vimnas.data, ranks, root / "config.json")
+    data = open_data(config.vimnas.data, ranks, root / file)
     trainer = Trainer(config, data, ranks, start)
     inner = trainer.stepper.step
 
@@ -124,9 +135,45 @@ def without_guard() -> None:
     report("guard", rates=rates, log=(root / "guard" / "train.log").read_text())
 
 
+def given_up() -> None:
+    """Images alone. NaN before step 6 and, after the rewind, before step 8: one rewind is allowed.
+    Resumed as it is, and at another rate, NaN comes once more."""
+    values = ["guard.enabled=true", "guard.every=2", "guard.skipped=2", "guard.margin=0"]
+    values += ["guard.max_rewinds=1", "checkpoint.every=2", "checkpoint.minutes=1e-9"]
+    bad: list[int] = []
+
+    def before(trainer: Trainer, context: StepContext, lr: float) -> None:
+        if bad and context.step == bad[0]:
+            bad.pop(0)
+            for flat in trainer.engine.deepspeed.optimizer.single_partition_of_fp32_groups:
+                flat.data.fill_(math.nan)
+            for parameter in trainer.engine.net.parameters():
+                parameter.data.fill_(math.nan)
+
+    ends, left, history, finite = [], [], [], False
+    for resume, steps, value in (
+        (None, [6, 8], "schedule.lr=1e-3"),
+        ("latest", [8], "schedule.lr=1e-3"),
+        ("latest", [8], "schedule.lr=5e-4"),
+    ):
+        bad[:] = steps
+        try:
+            trainer = train("stopped", resume, *values, value, before=before, file="images.json")
+        except NotSound as err:
+            ends.append(str(err))
+        else:
+            assert trainer.recovery is not None
+            history = trainer.recovery.rewinds.history
+            finite = all(bool(p.isfinite().all()) for p in trainer.engine.net.parameters())
+            ends.append("done")
+        left.append(saved("stopped"))
+    report("given up", ends=ends, left=left, history=history, finite=finite)
+
+
 if __name__ == "__main__":
     train("whole", None, "checkpoint.keep=9")
     report("whole", saved=saved("whole"))
     guests()
     changed()
     without_guard()
+    given_up()

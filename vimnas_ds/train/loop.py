@@ -522,6 +522,8 @@ class Trainer:
         self._changed = changes(state.get("recipe", {}), recipe_of(self.config))
         if self.recovery is not None and state["guard"] is not None:
             self.recovery.load_state_dict(state["guard"])
+            if self._changed:
+                self.recovery.begin_again(state["position"]["step"])
         elif state["guard"] is not None:
             self._guard_before = state["guard"]
             factor = state["guard"]["rewinds"]["lr_factor"]
