@@ -12,6 +12,7 @@ import pytest
 
 from tests.test_checkpoint import fake
 from vimnas_ds.config import GuardSection
+from vimnas_ds.manifest import MANIFEST
 from vimnas_ds.train.checkpoint_names import newest_first
 from vimnas_ds.train.guard import Event, NotSound, Rewinds
 from vimnas_ds.train.ranks import ALONE
@@ -35,6 +36,25 @@ def trainer(tmp_path: Path) -> Any:
         board=SimpleNamespace(guard=lambda *_: None),
         recovery=SimpleNamespace(rewinds=rewinds),
     )
+
+
+@pytest.mark.parametrize("damaged", [[], [40], [0, 20, 40]])
+def test_a_guard_that_gives_up_leaves_the_good_checkpoint_as_the_latest(
+    damaged: list[int], trainer: Any
+) -> None:
+    """Not the one by the clock, saved amid the trouble."""
+    rewinds, event = trainer.recovery.rewinds, Event("spike", "k400", 50, "ten losses")
+    for _ in range(2):
+        rewinds.answer(event, 60)
+    for step in damaged:
+        (trainer.files.checkpoints / f"step{step:08d}" / MANIFEST).unlink()
+    said = "step00000020, from before it, is the latest" if damaged else "step00000040, from before"
+    if len(damaged) == 3:
+        said = "from before it cannot be used: .*step00000040"
+    with pytest.raises(NotSound, match=f"after 2 rewinds .* 2 rewinds again.*{said}"):
+        rewind(trainer, trainer.recovery, event)
+    left = {0: [40, 20, 0], 1: [20, 0], 3: [55, 40, 20, 0]}[len(damaged)]
+    assert names(trainer) == [f"step{step:08d}" for step in left]
 
 
 def names(trainer: Any) -> list[str]:

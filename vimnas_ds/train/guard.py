@@ -197,6 +197,11 @@ class Rewinds:
         coming = marks[len(good) :]
         self.marks = sorted({*(good[-2:] or marks[:1]), *coming[:1], *marks[-keep:]})
 
+    def mark_before(self, event: Event) -> int:
+        """The newest mark from well before the trouble began."""
+        good = [mark for mark in self.marks if mark <= event.onset - self.section.margin]
+        return good[-1] if good else self.marks[0]
+
     def answer(self, event: Event, step: int) -> int:
         """The mark to rewind to from `step`. Sets the learning rate: as it was on the first try at
         a place, lower on every further one.
@@ -211,12 +216,13 @@ class Rewinds:
                 f"{event.what} on {event.dataset} at step {step}, after {section.max_rewinds} "
                 f"rewinds near there, the learning rate at {self.lr_factor:g} of the schedule's: "
                 "lower vimnas.schedule.lr or the weight decay, or switch on gradient_clipping, and "
-                "--resume; qk_norm and layer_scale need a new run (docs/failures.md)"
+                f"--resume: with such a change there are {section.max_rewinds} rewinds again, "
+                "without one it comes to the same; qk_norm and layer_scale need a new run "
+                "(docs/failures.md)"
             )
         if self.tries > 1:
             self.lr_factor *= section.lr_factor
-        good = [mark for mark in self.marks if mark <= event.onset - section.margin]
-        to = good[-1] if good else self.marks[0]
+        to = self.mark_before(event)
         self.marks = [mark for mark in self.marks if mark <= to]
         self.history.append({**asdict(event), "step": step, "to": to, "lr_factor": self.lr_factor})
         return to

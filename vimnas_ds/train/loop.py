@@ -50,6 +50,7 @@ from vimnas_ds.train.ranks import (
     rank_zero_decides,
     run_together,
 )
+from vimnas_ds.train.recipe import changes, recipe_of
 from vimnas_ds.train.recovery import Recovery, Taken, rewind, show
 from vimnas_ds.train.run_files import RunFiles, check_same_network
 from vimnas_ds.train.schedule import DataCursor, Drawer, Schedule, StepContext
@@ -115,6 +116,8 @@ class Trainer:
         self._is_guest = checkpoint is not None and not self.files.holds(checkpoint)
         self._owes_evaluation = False  # one that was broken off, or is under way
         self._faults_before: dict[str, Any] | None = None
+        self._guard_before: dict[str, Any] | None = None  # kept, where it is off now, for later
+        self._changed: list[str] = []  # what is not as when the checkpoint was saved, in words
         self._unseen = set(section.data.datasets)  # datasets whose batch is still to be pictured
         self._alpha_losses: dict[str, torch.Tensor] = {}  # of each dataset since the last line
         seed_generators(section.seed, ranks)
@@ -151,6 +154,8 @@ class Trainer:
         if checkpoint is not None:
             given_up = f"; given up: {', '.join(later)}" if later else ""
             self.console.say(f"resumed from {checkpoint} at step {position.step}{given_up}")
+            for line in self._changed:
+                self.console.say(f"changed: {line}")
 
     def _give_up_later(self, checkpoint: Path) -> list[str]:
         """The run goes on from `checkpoint`: names of its later ones, deleted by the main rank."""
@@ -473,7 +478,8 @@ class Trainer:
             "unseen": sorted(self._unseen),
             "alpha_losses": dict(self._alpha_losses),
             "owes_evaluation": self._owes_evaluation,
-            "guard": None if guard is None else guard.state_dict(),
+            "guard": self._guard_before if guard is None else guard.state_dict(),
+            "recipe": recipe_of(self.config),
             "identity": self._identity(),
         }
         is_best = keeping.keep_best and 0 < self.best.step == done  # 0: nothing is scored yet
@@ -507,7 +513,7 @@ class Trainer:
         """
         check_same_network(checkpoint, self.config)
         state = load_checkpoint(checkpoint, self.engine, self.ranks)
-        if odd := _changes(state["identity"], self._identity()):
+        if odd := changes(state["identity"], self._identity()):
             raise ConfigError(
                 f"{checkpoint} is of another run: {'; '.join(odd)}; to train on from its weights "
                 "as another run: --inherit, and another vimnas.output_dir"
@@ -518,8 +524,19 @@ class Trainer:
         self.best.load_state_dict(state["best"])
         self._unseen = set(state["unseen"])
         self._alpha_losses = state["alpha_losses"]
+        self._changed = changes(state.get("recipe", {}), recipe_of(self.config))
         if self.recovery is not None and state["guard"] is not None:
             self.recovery.load_state_dict(state["guard"])
+            if self._changed:
+                self.recovery.begin_again(state["position"]["step"])
+        elif state["guard"] is not None:
+            self._guard_before = state["guard"]
+            factor = state["guard"]["rewinds"]["lr_factor"]
+            if factor != 1:
+                self._changed.append(
+                    f"without the guard the learning rate is the schedule's, no more {factor:g} of "
+                    "it as after its rewinds; vimnas.schedule.lr sets another one"
+                )
         self.skipped, self.skipped_in_a_row, self.alphas_skipped_in_a_row = state["skipped"]
         self._faults_before = state["faults"]
         self._owes_evaluation = state["owes_evaluation"]
@@ -540,6 +557,10 @@ class Trainer:
             "layer_scale": section.model.layer_scale,
             "schedule": section.schedule.model_dump(mode="json", exclude={"lr", "min_lr"}),
             "ema": section.ema is not None,
+            "data": {
+                name: {"size": data.size, "frames": data.frames}
+                for name, data in section.data.datasets.items()
+            },
         }
 
     def last_words(self, text: str, code: Exit) -> None:
@@ -555,16 +576,3 @@ class Trainer:
         self.loaders.close()
         self.board.close()
         self.console.close()
-
-
-def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is not as it was, in words."""
-    found = []
-    for key, value in now.items():
-        before = was[key]
-        if isinstance(before, dict) and isinstance(value, dict):
-            inner = {k: before.get(k) for k in value}
-            found += [f"{key}.{change}" for change in _changes(inner, value)]
-        elif before != value:
-            found.append(f"{key} was {before!r}, now {value!r}")
-    return found

@@ -8,7 +8,8 @@ the data does not: the batches and the draws that led there are not met again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -115,6 +116,13 @@ class Recovery:
             for row in state["sums"]
         ]
 
+    def begin_again(self, step: int) -> None:
+        """A person has changed how the run is trained from `step` on: what was seen before is not
+        held against that, and a place gets all its rewinds. The learning rate stays lowered."""
+        self.guard.restart(step)
+        self.rewinds.tries = 0
+        self._taken, self._sums = [], []
+
 
 def show(rewinds: Rewinds, board: Board, step: int, *more: str) -> None:
     """All events so far, in TensorBoard at `step`."""
@@ -122,25 +130,15 @@ def show(rewinds: Rewinds, board: Board, step: int, *more: str) -> None:
     board.guard(step, lines, len(rewinds.history), rewinds.lr_factor)
 
 
-def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
-    """Put the run back to a good checkpoint, past the data that it has met since (collective).
+def _go_back(root: Path, marks: Sequence[int], ranks: Ranks) -> int:
+    """The newest of `marks` whose checkpoint is whole; what is later is given up (collective).
 
-    Raises NotSound when that was done too often near here, or no checkpoint is whole; also where
-    one cannot be read, and then nothing is given up.
+    Raises CheckpointError where none is, and CannotRead; on other ranks CannotStart.
     """
-    position, rewinds, ranks = trainer.drawer.position, recovery.rewinds, trainer.ranks
-    trainer.watch.at("rewind", position.step)
-    try:
-        to = rewinds.answer(event, position.step)
-    except NotSound as err:
-        show(rewinds, trainer.board, position.step, str(err))
-        raise
-    root = trainer.files.checkpoints
 
     def choose() -> str:
-        """The newest mark up to `to` whose checkpoint is whole; the later ones are given up."""
         problems = []
-        for mark in reversed(rewinds.marks):
+        for mark in reversed(marks):
             try:
                 find_checkpoint(root / checkpoint_name(mark))
             except CheckpointError as err:
@@ -150,8 +148,38 @@ def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
                 return str(mark)
         raise CheckpointError("; ".join(problems))
 
+    return int(rank_zero_decides(choose, ranks, within_timeout=True))
+
+
+def _leave_sound(root: Path, rewinds: Rewinds, event: Event, ranks: Ranks) -> str:
+    """Make the checkpoint from before `event` the latest one; in words, which (collective)."""
+    last = rewinds.mark_before(event)
     try:
-        to = int(rank_zero_decides(choose, ranks, within_timeout=True))
+        to = _go_back(root, [mark for mark in rewinds.marks if mark <= last], ranks)
+    except (ConfigError, CannotStart, OSError) as err:
+        return f"The checkpoints from before it cannot be used: {err}"
+    return f"{checkpoint_name(to)}, from before it, is the latest checkpoint again"
+
+
+def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
+    """Put the run back to a good checkpoint, past the data that it has met since (collective).
+
+    Raises NotSound when that was done too often near here (the good checkpoint is then the latest
+    one all the same), or no checkpoint is whole; also where one cannot be read, and then nothing is
+    given up.
+    """
+    position, rewinds, ranks = trainer.drawer.position, recovery.rewinds, trainer.ranks
+    trainer.watch.at("rewind", position.step)
+    root = trainer.files.checkpoints
+    try:
+        to = rewinds.answer(event, position.step)
+    except NotSound as err:
+        # what was saved since the trouble began must not be what a person resumes
+        text = f"{err}. {_leave_sound(root, rewinds, event, ranks)}"
+        show(rewinds, trainer.board, position.step, text)
+        raise NotSound(text) from err
+    try:
+        to = _go_back(root, rewinds.marks, ranks)
         rewinds.settle(to)
         decided, skipped = rewinds.state_dict(), trainer.skipped
         path = root / checkpoint_name(to)
