@@ -182,10 +182,11 @@ def rot(file: Path) -> None:
 def test_non_finite_steps_are_skipped_and_stop_the_run_after_the_set_number(folder):
     """A learning rate that makes everything overflow: skipped, counted, stopped with words."""
     args = ["--set", "vimnas.schedule.lr=1e30", "--set", "vimnas.optimizer.max_skipped=3"]
-    with pytest.raises(AssertionError, match=r"non-finite gradients.*lower the learning rate"):
+    args += ["--set", "vimnas.alpha.enabled=false"]
+    with pytest.raises(AssertionError, match=r"3 weight steps in a row .*lower the learning rate"):
         train(folder, "nan", *args, ranks=1)
     log = (folder / "nan" / "train.log").read_text()
-    assert re.findall(r"the weight step .*\((\d) in a row\)", log)[-3:] == ["1", "2", "3"]
+    assert re.findall(r"\((\d) in a row\)", log)[-3:] == ["1", "2", "3"]
 
 
 def test_alpha_steps_that_stay_non_finite_stop_the_run_though_every_weight_step_is_sound(folder):
