@@ -61,7 +61,7 @@ SMALL = {
     "report": "--clips 4",
     "ranking": "--count 2 --trial --epochs 1",
     "train": "--set vimnas.schedule.epochs=1 --set vimnas.schedule.warmup=1",
-    "bench_step": "--runs 1 --space vit_t --smallest",
+    "bench_step": "--runs 1 --smallest",
     "bench_loader": "--runs 1",
 }
 #: What the quick ones leave behind, under the folder that they run in.

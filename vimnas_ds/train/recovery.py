@@ -190,6 +190,7 @@ def rewind(trainer: Trainer, recovery: Recovery, event: Event) -> None:
     trainer.forget_missing()
     recovery.guard.restart(to)
     trainer.skipped, trainer.skipped_in_a_row = skipped, 0
+    trainer.alphas_skipped_in_a_row = 0
     if ranks.is_main:
         trainer.finish_save()
     trainer.drawer.position = DataCursor(
