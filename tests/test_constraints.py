@@ -17,7 +17,7 @@ from tests.small import small_config
 from vimnas_ds.config import ConfigError, load_config, parse_config
 from vimnas_ds.cost import Layout, count_params
 from vimnas_ds.memory import Inference
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.search import latency
 from vimnas_ds.search.constraints import Constraints, Range, format_cost, parse_about

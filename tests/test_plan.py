@@ -27,7 +27,7 @@ from vimnas_ds.gpus import GPUS
 from vimnas_ds.model import attention as backends
 from vimnas_ds.model import block, layers
 from vimnas_ds.model.alphas import Alphas
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.ops._extension import available
 from vimnas_ds.ops.sliced_linear import sliced_linear_ref

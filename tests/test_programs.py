@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from scripts.export import FORMATS, Trained, write_heads
 from tests.conftest import SMALL_TUBES, clip_batch, image_batch
 from vimnas_ds.export import ExportError
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.programs import CannotExpress, Head, write_onnx, write_torch_export
 from vimnas_ds.space import Arch
 from vimnas_ds.timm_vit import write_timm

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import SMALL_TUBES, clip_batch, image_batch
 from vimnas_ds.cost import Layout, count_macs, count_params
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.space import SPACES, Arch, SearchSpace
 from vimnas_ds.tubes import TUBELET, TUBEVIT, TokenGeometry, Tube

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vimnas_ds.model.autoformer import AutoFormerNetwork, AutoFormerShape
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.space import Arch
 from vimnas_ds.tensor_file import save_tensors

@@ -37,7 +37,7 @@ class Inference:
     @property
     def rows(self) -> int:
         """Tokens of the batch, B N."""
-        return self.batch * self.layout.tokens.num_tokens(self.frames, self.size)
+        return self.batch * self.layout.num_tokens(self.frames, self.size)
 
     def resident(self) -> int:
         """Bytes of the input and the positions, held throughout; weights come on top."""
