@@ -168,6 +168,11 @@ class DatasetSection(Section):
     resize: int | None = Field(
         None, ge=8, description="Shorter side before the test crop; null: size * 256 / 224"
     )
+    export_interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear",
+        description="Filter by which predict.py resizes pictures for an exported network (images "
+        "only; written to its preprocess.json). Training and evaluation here are bilinear",
+    )
     frames: int | None = Field(None, ge=1, description="Frames of a clip (video only)")
     fps: Positive | None = Field(None, description="Clip sampling rate; frames are taken by time")
     base_lr: Positive = Field(description="Learning rate when this is the only dataset")
@@ -196,6 +201,10 @@ class DatasetSection(Section):
         if self.kind == "image" and (self.frames is not None or self.fps is not None):
             raise ValueError(
                 f"frames and fps are for video datasets only, got {self.frames} and {self.fps}"
+            )
+        if self.kind == "video" and self.export_interpolation != "bilinear":
+            raise ValueError(
+                f'export_interpolation "{self.export_interpolation}" is for image datasets only'
             )
         if self.kind == "image" and self.test_clips is not None:
             raise ValueError(f"test_clips is for video datasets only, got {self.test_clips}")

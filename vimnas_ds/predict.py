@@ -139,7 +139,7 @@ def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
     """
     size, shorter = steps["size"], max(steps["size"], steps["resize"])
     if steps["frames"] is None:
-        x = _read_picture(file, shorter)
+        x = _read_picture(file, shorter, steps.get("interpolation", "bilinear"))
     else:
         try:
             cut = partial(whole_picture, shorter=shorter)
@@ -156,11 +156,15 @@ def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
     return x[:, :, 0] if steps["frames"] is None else x
 
 
-def _read_picture(file: Path, shorter: int) -> Tensor:
+def _read_picture(file: Path, shorter: int, interpolation: str) -> Tensor:
     """Upright, its shorter side scaled to `shorter` pixels: (1, 3, H, W)."""
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ExportError(f"preprocess.json: interpolation {interpolation!r} is not bilinear or "
+                          "bicubic")
     with understood(file), Image.open(file) as picture:
         rgb = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     whole = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
     cut = whole_picture(rgb.shape[1], rgb.shape[0], shorter)
     shape = (cut.height, cut.width)
-    return F.interpolate(whole, shape, mode="bilinear", antialias=True, align_corners=False)
+    scaled = F.interpolate(whole, shape, mode=interpolation, antialias=True, align_corners=False)
+    return scaled.clamp(0, 255)  # bicubic overshoots
