@@ -186,7 +186,7 @@ def test_a_subnetwork_trained_on_alone_starts_from_the_imported_weights(run, wei
     found = net(x, ARCHS[2], "imagenet")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     config["vimnas"]["model"]["gelu"] = "tanh"
-    with pytest.raises(ConfigError, match="of another network: vimnas.model.gelu erf, here tanh"):
+    with pytest.raises(ConfigError, match=r"of another network: vimnas\.model\.gelu erf, here"):
         inherit(net, run, parse_config(config))
 
 
@@ -228,11 +228,17 @@ def test_checkpoints_that_are_not_autoformers_are_refused_in_words(weights, tmp_
         ({**weights, "pos_embed": torch.zeros(1, 12, WIDE)}, "12 positions: not a class token and"),
         ({**weights, "pos_embed": torch.zeros(())}, "pos_embed has the shape (), not 3 axes"),
         ({**weights, "norm.weight": torch.zeros(1)}, "(1,) of it can be used, (64,) are needed"),
-        ({**weights, "norm.weight": torch.zeros(())}, "does not fit the space nano: norm.weight ()"),
+        (
+            {**weights, "norm.weight": torch.zeros(())},
+            "fit the space nano: norm.weight ()",
+        ),
         ({**weights, qkv: torch.zeros(())}, f"does not fit the space nano: {qkv} ()"),
         ({**weights, patch: torch.zeros(())}, f"{patch} has the shape (), not 4 axes"),
-        ({**weights, "head.bias": torch.zeros(7, dtype=torch.int64)}, "not a plain tensor of float"),
-        ({**weights, "head.bias": torch.zeros(1).expand(10**12)}, "not a plain tensor of float"),
+        (
+            {**weights, "head.bias": torch.zeros(7, dtype=torch.int64)},
+            "not a plain tensor",
+        ),
+        ({**weights, "head.bias": torch.zeros(1).expand(10**12)}, "not a plain tensor"),
     ]
     fitted = [  # without --space
         ({patch: weights[patch], "blocks.0.x": torch.zeros(3)}, f"has no tensor '{qkv}'"),
@@ -244,7 +250,9 @@ def test_checkpoints_that_are_not_autoformers_are_refused_in_words(weights, tmp_
     for given, options in ((cases, ["--space", "nano"]), (fitted, [])):
         for content, words in given:
             torch.save(content, tmp_path / "given.pth")
-            assert import_autoformer.main([str(tmp_path / "given.pth"), "--out", out, *options]) == 2
+            assert (
+                import_autoformer.main([str(tmp_path / "given.pth"), "--out", out, *options]) == 2
+            )
             said = capsys.readouterr()
             assert words in said.err
             assert "loaded code ran" not in said.out

@@ -17,7 +17,7 @@ from tests.conftest import ROOT, SHARED_DATA
 from tests.media import encode, numbered
 from vimnas_ds import predict
 from vimnas_ds.data.bad import BadFile
-from vimnas_ds.export import export_subnet, read_json
+from vimnas_ds.export import ExportError, export_subnet, load_subnet, read_json
 from vimnas_ds.predict import Classifier, is_picture, read_input
 
 PICTURE = {"frames": None, "size": 8, "resize": 8, "mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -127,6 +127,34 @@ def test_what_cannot_be_classified_is_said_in_words(exported, clip, tmp_path, ca
     assert (
         f"it is a run; python scripts/export.py --checkpoint {tmp_path}" in capsys.readouterr().err
     )
+
+
+def test_pictures_are_resized_by_the_filter_that_the_export_names(exported, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    steps = read_json(exported, "preprocess.json")["imagenet"]
+    assert steps["interpolation"] == "bilinear"
+    mean, std = (torch.tensor(steps[key]).view(3, 1, 1) for key in ("mean", "std"))
+    for name, pillow in (("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC)):
+        seen = read_input(tmp_path / "noise.png", {**steps, "interpolation": name})[0]
+        small = Image.fromarray(pixels).resize((53, 40), pillow)  # Pillow's is antialiased
+        wanted = torch.from_numpy(np.array(small)).permute(2, 0, 1)[:, 4:36, 11:43]
+        assert ((seen * std + mean) * 255 - wanted).abs().max() < 2
+    del steps["interpolation"]  # as exports of an earlier version
+    assert read_input(tmp_path / "noise.png", steps).shape == (1, 3, 32, 32)
+    with pytest.raises(ExportError, match="interpolation 'nearest' is not bilinear or bicubic"):
+        read_input(tmp_path / "noise.png", {**steps, "interpolation": "nearest"})
+
+
+def test_an_export_of_an_earlier_version_is_what_it_was(exported, supernet):
+    about = json.loads((exported / "arch.json").read_text())
+    for key in ("gelu", "norm_eps", "class_token", "positions", "relative_positions", "side"):
+        del about[key]
+    (exported / "arch.json").write_text(json.dumps(about))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = supernet(x, supernet.space.largest(), "imagenet")
+        torch.testing.assert_close(load_subnet(exported)(x, "imagenet"), expected)
 
 
 def test_whoever_may_read_the_folder_may_read_the_weights(exported):

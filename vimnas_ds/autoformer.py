@@ -49,9 +49,10 @@ _TABLE = "blocks.0.attn.rel_pos_embed_k.embeddings_table_v"
 _ABOUT = (
     "One of AutoFormer's published supernets (Chen et al., 2021; microsoft/Cream), imported, with "
     "the recipe it was trained by. It saw all of ImageNet's training files, those held out here "
-    "too: scores on `select` rank sub-networks but are too high. Evaluation resizes by the bilinear "
-    "filter, AutoFormer's own by the bicubic one. To train on: scripts/train.py --deepspeed_config "
-    "RUN/config.json --inherit RUN --set vimnas.output_dir=... --set vimnas.data.NAME.root=..."
+    "too: scores on `select` rank sub-networks but are too high. Evaluation resizes by the "
+    "bilinear filter, AutoFormer's own by the bicubic one. To train on: scripts/train.py "
+    "--deepspeed_config RUN/config.json --inherit RUN --set vimnas.output_dir=... --set "
+    "vimnas.data.NAME.root=..."
 )
 
 

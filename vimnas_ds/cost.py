@@ -9,8 +9,9 @@ With E = embed_dim, K = head_dim, and for layer l: h heads, F = int(E*r) hidden 
 Our convention (METHOD.md section 7): trunk + all tubes + one named head; the two attention
 matmuls count (peers that leave them out are 20 to 40 % low on video); norms, GELU, softmax and
 additions do not, nor do the products of relative positions (as many as those two matmuls again),
-which the published numbers leave out. Where the package reports GFLOPs it means 1e9 MACs, the papers' own convention.
-`Layout` has what published layouts differ in, so their numbers can be checked.
+which the published numbers leave out. Where the package reports GFLOPs it means 1e9 MACs, the
+papers' own convention. `Layout` has what published layouts differ in, so that their numbers can be
+checked.
 """
 
 from __future__ import annotations

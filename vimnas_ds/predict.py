@@ -2,7 +2,8 @@
 
 Resize, centre crop and normalisation follow the export's preprocess.json; frames are taken by
 time. Clips are scaled while they are decoded, as in an evaluation; pictures with torch's
-antialiased bilinear: within a grey level or two of the training graph's.
+antialiased filter of the name in preprocess.json: the bilinear one is within a grey level or two of
+the training graph's.
 """
 
 from __future__ import annotations
@@ -159,8 +160,9 @@ def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
 def _read_picture(file: Path, shorter: int, interpolation: str) -> Tensor:
     """Upright, its shorter side scaled to `shorter` pixels: (1, 3, H, W)."""
     if interpolation not in ("bilinear", "bicubic"):
-        raise ExportError(f"preprocess.json: interpolation {interpolation!r} is not bilinear or "
-                          "bicubic")
+        raise ExportError(
+            f"preprocess.json: interpolation {interpolation!r} is not bilinear or bicubic"
+        )
     with understood(file), Image.open(file) as picture:
         rgb = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     whole = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()

@@ -45,18 +45,20 @@ class RelativeTables(nn.Module):
 
     def __init__(self, side: int, reach: int, class_token: bool, head_dim: int, layer: int):
         super().__init__()
-        for name in ("k_rows", "k_columns", "v_rows", "v_columns"):
-            table = EntangledTable(2 * reach + 2, Axis("all", head_dim), layer)
-            self.add_module(name, table)
-        for name, each in zip(
-            ("rows", "columns"), distance_entries(side, reach, class_token), strict=True
-        ):
-            self.register_buffer(name, each, persistent=False)
+
+        def table() -> EntangledTable:
+            return EntangledTable(2 * reach + 2, Axis("all", head_dim), layer)
+
+        self.k_rows, self.k_columns, self.v_rows, self.v_columns = (table() for _ in range(4))
+        rows, columns = distance_entries(side, reach, class_token)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
 
     def forward(self, frozen: bool = False) -> tuple[Tensor, Tensor]:
         """R_k, R_v: (N, N, K) each; `frozen`: no gradients."""
-        k_rows, k_columns, v_rows, v_columns = (
-            table.weight.detach() if frozen else table.weight for table in self.children()
-        )
-        r_k = k_rows[self.rows] + k_columns[self.columns]
-        return r_k, v_rows[self.rows] + v_columns[self.columns]
+
+        def of(rows: EntangledTable, columns: EntangledTable) -> Tensor:
+            width = rows.axis.size
+            return rows(width, frozen)[self.rows] + columns(width, frozen)[self.columns]
+
+        return of(self.k_rows, self.k_columns), of(self.v_rows, self.v_columns)

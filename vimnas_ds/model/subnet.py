@@ -36,15 +36,15 @@ class _Relative(nn.Module):
 
     def __init__(self, reach: int, head_dim: int, entries: tuple[Tensor, Tensor]):
         super().__init__()
-        for name in ("k_rows", "k_columns", "v_rows", "v_columns"):
-            self.add_module(name, _Table(2 * reach + 2, head_dim))
+        size = 2 * reach + 2, head_dim
+        self.k_rows, self.k_columns = _Table(*size), _Table(*size)
+        self.v_rows, self.v_columns = _Table(*size), _Table(*size)
         for name, each in zip(("rows", "columns"), entries, strict=True):
             self.register_buffer(name, each, persistent=False)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        k_rows, k_columns, v_rows, v_columns = (table.weight for table in self.children())
-        k = k_rows[self.rows] + k_columns[self.columns]
-        return k, v_rows[self.rows] + v_columns[self.columns]
+        k = self.k_rows.weight[self.rows] + self.k_columns.weight[self.columns]
+        return k, self.v_rows.weight[self.rows] + self.v_columns.weight[self.columns]
 
 
 #: What all layers share: the entries of their tables of relative positions, if they have any.
@@ -68,12 +68,11 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (g h k) -> g b h n k", g=3, k=self.head_dim)
-        q, k = self.q_norm(q), self.k_norm(k)
         if self.relative is None:
-            y = F.scaled_dot_product_attention(q, k, v)
+            y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         else:
             r_k, r_v = self.relative()
-            q = q * self.head_dim**-0.5
+            q, k = self.q_norm(q) * self.head_dim**-0.5, self.k_norm(k)
             p = (q @ k.mT + torch.einsum("bhnk,nmk->bhnm", q, r_k)).softmax(-1)
             y = p @ v + torch.einsum("bhnm,nmk->bhnk", p, r_v)
         return self.proj(rearrange(y, "b h n k -> b n (h k)"))

@@ -38,7 +38,9 @@ def fixed_positions(
     return F.pad(found, (0, 0, 1, 0)) if class_token else found
 
 
-def check_places(options: ModelOptions, geometry: TokenGeometry, size: Size3, is_image: bool) -> None:
+def check_places(
+    options: ModelOptions, geometry: TokenGeometry, size: Size3, is_image: bool
+) -> None:
     """Raise ValueError for an input that learned or relative positions are not made for."""
     if not options.has_places:
         return
