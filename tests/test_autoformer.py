@@ -26,10 +26,11 @@ from vimnas_ds.model.alphas import one_hot
 from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.space import SPACES, Arch, SearchSpace
+from vimnas_ds.train.checkpoint import load_checkpoint
 from vimnas_ds.train.dry_run import cost_of, model_layout
 from vimnas_ds.train.engine import build_supernet, model_options
 from vimnas_ds.train.ranks import Ranks
-from vimnas_ds.train.run_files import find_checkpoint
+from vimnas_ds.train.run_files import CheckpointError, find_checkpoint
 from vimnas_ds.train.warm_start import inherit
 
 NANO = SPACES["nano"]
@@ -200,6 +201,12 @@ def test_a_folder_that_holds_a_run_is_refused_and_keeps_its_bits(run, tmp_path, 
         (run / "config.json").unlink(missing_ok=True)  # the checkpoint alone is one too
     after = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert after == {p: b for p, b in before.items() if p.name != "config.json" or p.parent != run}
+
+
+def test_an_imported_run_cannot_be_resumed_and_says_what_can(run):
+    (checkpoint,) = (run / "checkpoints").glob("step*")
+    with pytest.raises(CheckpointError, match=r"was imported.* --inherit starts from"):
+        load_checkpoint(checkpoint, None, CPU)
 
 
 class _Code:

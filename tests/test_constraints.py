@@ -219,7 +219,7 @@ def test_memory_with_relative_positions_is_the_measured_peak(arch, batch, qk_nor
     run = Inference(layout, None, 224, 240, batch)
     x = torch.randn(batch, 3, 224, 224)
     predicted = max(run.attention(arch.embed_dim, h) for h in arch.num_heads)
-    assert predicted == pytest.approx(measured_peak(net, x), rel=0.02)
+    assert predicted == pytest.approx(measured_peak(net, x), rel=1e-3)
     assert run.resident() == x.nbytes  # positions are parameters
 
 

@@ -222,6 +222,17 @@ def test_qkv_rows_and_biases_keep_their_roles(build_supernet):
         assert_close(y, F.linear(x, attn.qkv.weight[rows, :32], attn.qkv.bias[rows]))
 
 
+def test_a_class_token_comes_first_and_has_no_fixed_position(build_supernet):
+    plain, net = build_supernet(PLAIN), build_supernet(ModelOptions(class_token=True))
+    with torch.no_grad():
+        for mine, theirs in zip(net.tokens.tubes, plain.tokens.tubes, strict=True):
+            mine.load_state_dict(theirs.state_dict())
+    for _, x in INPUTS:
+        first, others = net.tokens(x, 48).split([1, plain.tokens(x, 48).shape[1]], 1)
+        assert_close(others, plain.tokens(x, 48), atol=0, rtol=0)
+        assert_close(first[:, 0], net.tokens.class_token.weight[:, :48].expand(len(x), -1))
+
+
 def test_positions_of_one_grid_refuse_other_inputs_in_words(build_supernet):
     net = build_supernet(PLACES)
     for each in (net, net.extract(SPACE.largest())):

@@ -165,8 +165,10 @@ def _read_picture(file: Path, shorter: int, interpolation: str) -> Tensor:
         )
     with understood(file), Image.open(file) as picture:
         rgb = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    whole = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+    whole = torch.from_numpy(rgb).permute(2, 0, 1)[None]
+    if interpolation == "bilinear":  # the bicubic filter overshoots: in bytes, as Pillow cuts it
+        whole = whole.float()
     cut = whole_picture(rgb.shape[1], rgb.shape[0], shorter)
     shape = (cut.height, cut.width)
     scaled = F.interpolate(whole, shape, mode=interpolation, antialias=True, align_corners=False)
-    return scaled.clamp(0, 255)  # bicubic overshoots
+    return scaled.float()
