@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from vimnas_ds.model.alphas import Alphas, Probabilities
 from vimnas_ds.model.attention import attention, merge_heads, split_heads
 from vimnas_ds.model.block import Block
-from vimnas_ds.model.layers import NORM_EPS, EntangledNorm
+from vimnas_ds.model.layers import EntangledNorm
+from vimnas_ds.model.options import NORM_EPS
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.space import SPACES
 from vimnas_ds.tubes import TUBEVIT
@@ -66,7 +67,7 @@ class MixedWeights:
         return F.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)
 
     def block(self, x: Tensor, block: Block, layer: int, p: Probabilities) -> Tensor:
-        k, d = block.head_dim, x.shape[-1]
+        k, d = block.attn.head_dim, x.shape[-1]
         embed = list(zip(p["embed_dim"].to(x.dtype), SPACE.embed_dim, strict=True))
         counts = zip(p[f"num_heads[{layer}]"].to(x.dtype), SPACE.num_heads[layer], strict=True)
         heads = [(q, h * k) for q, h in counts]

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from vimnas_ds.cost import Layout
 from vimnas_ds.layout import Activation, ParamGrids
 from vimnas_ds.model.alphas import Alphas
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.space import SPACES, Arch, SearchSpace
 from vimnas_ds.train.optimizer import SampledAdamW

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import subprocess
 import time
@@ -21,6 +20,7 @@ from vimnas_ds.train.checkpoint_names import checkpoint_step, newest_first
 ANYWHERE = "anywhere"  #: a moment: struck from here, at any time
 PATIENCE = 40.0  #: s that ranks get to end by themselves once launcher or runner is gone
 LAUNCHING = 2.0  #: s before a rank's first line of code
+STEP = 0.3  #: s of a step, about
 ENDING = 45.0  #: s that the launcher gets to end the others after the death of a rank
 LIMIT = 600.0  #: s that one life may take
 
@@ -114,22 +114,32 @@ class Runs:
     ) -> None:
         """Until nothing of this life is left, or has had its time to go."""
         deadline = time.monotonic() + LIMIT
-        strikes_at = math.inf
-        if appointment is not None and appointment.moment == ANYWHERE:
-            usual = self.typical(appointment.rank)[STARTING][0]
-            strikes_at = time.monotonic() + LAUNCHING + 1.5 * appointment.share * usual
+        outside = appointment if appointment and appointment.moment == ANYWHERE else None
+        begun = time.monotonic()
         while runner.poll() is None and not (folder / "death.json").exists():
             if time.monotonic() > deadline:
                 life.problems.append(f"still there after {LIMIT:.0f} s")
                 return
-            if appointment is not None and time.monotonic() > strikes_at:
-                strike_from_outside(appointment, folder, mark)
+            if outside is not None and self._is_time(outside, folder, begun):
+                strike_from_outside(outside, folder, mark)
             time.sleep(0.05)
         by_launcher = appointment is not None and appointment.victim == "rank"
         deadline = time.monotonic() + (ENDING if by_launcher else PATIENCE)
         while time.monotonic() < deadline and find_processes(mark):
             runner.poll()
             time.sleep(0.2)
+
+    def _is_time(self, appointment: Appointment, folder: Path, begun: float) -> bool:
+        """Of a life that is to end anywhere: half of them do while they start, at any time of it,
+        the others at any time of a step, from the appointed one on."""
+        share = 2 * appointment.share
+        if share < 1:
+            usual = self.typical(appointment.rank)[STARTING][0]
+            return time.monotonic() > begun + LAUNCHING + share * usual
+        if where(folder, appointment.rank)["step"] < appointment.step:
+            return False
+        time.sleep((share - 1) * STEP)
+        return True
 
     def _judge(
         self, life: Life, folder: Path, before: int, appointment: Appointment | None

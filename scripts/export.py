@@ -26,9 +26,7 @@ from torch import Tensor
 
 from vimnas_ds.arch_file import named_arch
 from vimnas_ds.arguments import folder
-from vimnas_ds.autoformer import ABOUT_FILE, open_autoformer
 from vimnas_ds.export import ExportError, export_subnet, load_subnet
-from vimnas_ds.model.autoformer import AutoFormerSupernet
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.programs import CannotExpress, Head, Run, write_onnx, write_torch_export
 from vimnas_ds.search.cli import build_parser, run_script
@@ -59,27 +57,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 class Trained:
     """A supernet on the CPU in float32, with what its exports say besides."""
 
-    net: Supernet | AutoFormerSupernet
-    steps: Mapping[str, Mapping[str, Any]]  #: per dataset size, resize, frames and fps
+    net: Supernet
+    steps: Mapping[str, Mapping[str, Any]]  #: per dataset size, resize, interpolation, frames, fps
     labels: Mapping[str, Sequence[str]]
     source: Mapping[str, Any]
     root: Path
 
 
 def open_trained(args: argparse.Namespace, ranks: Ranks) -> Trained:
-    """A run's checkpoint, or what import_autoformer.py wrote. Raises ConfigError in words."""
-    root = args.checkpoint
-    if root is not None and (root / ABOUT_FILE).exists():
-        imported, names = open_autoformer(root)
-        size = imported.shape.size
-        steps = {"size": size, "resize": round(size * 256 / 224), "frames": None, "fps": None}
-        name, source = imported.dataset, {"checkpoint": str(root), "space": imported.space.name}
-        return Trained(imported, {name: steps}, {name: names}, source, root)
-    run = open_network(choose_checkpoint(root, ranks), ranks, args.set, args.ema)
+    """A run's checkpoint. Raises ConfigError in words."""
+    run = open_network(choose_checkpoint(args.checkpoint, ranks), ranks, args.set, args.ema)
     return Trained(
         run.net.float().cpu(),
         {
-            name: {"size": d.size, "resize": d.test_resize, "frames": d.frames, "fps": d.fps}
+            name: {
+                "size": d.size,
+                "resize": d.test_resize,
+                "interpolation": d.export_interpolation,
+                "frames": d.frames,
+                "fps": d.fps,
+            }
             for name, d in run.config.vimnas.data.datasets.items()
         },
         json.loads(run.files.labels.read_text()),

@@ -1,13 +1,15 @@
-"""Take in one of AutoFormer's published supernet checkpoints.
+"""Take in one of AutoFormer's published supernet checkpoints, as a run.
 
     python scripts/import_autoformer.py supernet-tiny.pth --out runs/autoformer
+    python scripts/evaluate.py --checkpoint runs/autoformer --set vimnas.data.imagenet.root=DIR
     python scripts/export.py --checkpoint runs/autoformer --arch largest --out exports/autoformer
-    python scripts/predict.py exports/autoformer picture.jpg
 
 The file is loaded as tensors only (weights_only) and kept as safetensors. The search space follows
-from its depth and heads. Any sub-network of it leaves through export.py, as this project's own do
-(no timm format: timm has no relative positions in values). Pictures are resized to 256/224 of the
-crop with the antialiased bilinear filter, where AutoFormer's evaluation used the bicubic one.
+from its depth and heads; what is allocated beyond the largest choice is left out. Everything that
+reads a run works on it: evaluate.py, the searches, export.py (no timm format: timm has no relative
+positions in values), and train.py --deepspeed_config RUN/config.json --inherit RUN. AutoFormer
+trained on the files that are held out here, so scores on `select` are too high. Exports resize by
+the bicubic filter as AutoFormer's evaluation did, evaluation here by the bilinear one.
 Seconds. Exit codes: 0 done, 2 the file cannot be used.
 """
 
@@ -17,9 +19,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from vimnas_ds.autoformer import build, fitting_space, keep, read_checkpoint
-from vimnas_ds.config import ConfigError
+from vimnas_ds.arguments import folder
+from vimnas_ds.autoformer import fill, fitting_space, read_checkpoint, run_object
+from vimnas_ds.config import ConfigError, parse_config
 from vimnas_ds.space import SPACES
+from vimnas_ds.train.engine import build_supernet
+from vimnas_ds.train.imported import check_free, write_imported
+from vimnas_ds.train.run_files import RunFiles
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -27,34 +33,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the published .pth")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--space", choices=tuple(SPACES), help="default: the one that fits")
+    parser.add_argument(
+        "--dataset", default="imagenet", metavar="NAME", help="the head's name (imagenet)"
+    )
     parser.add_argument(
         "--labels", type=Path, metavar="FILE", help="class names, one a line; default: class 0, ..."
     )
     return parser.parse_args(argv)
 
 
+def bring_in(args: argparse.Namespace) -> str:
+    """Write the run; returns what it is. Raises ConfigError in words."""
+    check_free(RunFiles(args.out))
+    weights = read_checkpoint(args.checkpoint)
+    space = SPACES[args.space] if args.space is not None else fitting_space(weights)
+    config = parse_config(run_object(weights, space, args.dataset, args.out))
+    data = config.vimnas.data.datasets[args.dataset]
+    labels = [f"class {i}" for i in range(data.num_classes)]
+    if args.labels is not None:
+        labels = args.labels.read_text(encoding="utf-8").splitlines()
+    if len(labels) != data.num_classes:
+        raise ConfigError(f"{args.labels} has {len(labels)} names for {data.num_classes} classes")
+    net = build_supernet(config)
+    fill(net, weights)
+    write_imported(net, config, {args.dataset: labels})
+    return f"{space.name}, {data.num_classes} classes, {data.size} x {data.size}"
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        weights = read_checkpoint(args.checkpoint)
-        space = SPACES[args.space] if args.space is not None else fitting_space(weights)
-        supernet = build(weights, space, "imagenet")
-        classes = weights["head.bias"].shape[0]
-        labels = [f"class {i}" for i in range(classes)]
-        if args.labels is not None:
-            labels = args.labels.read_text(encoding="utf-8").splitlines()
-        if len(labels) != classes:
-            raise ConfigError(f"{args.labels} has {len(labels)} names for {classes} classes")
-        keep(supernet, labels, args.out)
+        print(bring_in(args))
     except (ConfigError, OSError, UnicodeDecodeError) as err:
         print(f"cannot import: {err}", file=sys.stderr)
         return 2
-    print(
-        f"{supernet.space.name}, {classes} classes, {supernet.shape.size} x {supernet.shape.size}"
-    )
-    print(f"written to {args.out}; next: scripts/export.py --checkpoint {args.out} --arch ...")
+    print(f"written to {args.out}; next: scripts/export.py --checkpoint {args.out} --arch largest")
     return 0
 
 

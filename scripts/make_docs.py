@@ -71,6 +71,7 @@ ZERO = {
 }
 #: One override each that breaks what keys must hold together.
 BROKEN = (
+    "vimnas.model.positions=learned",
     "vimnas.data.k400.fps=null",
     "vimnas.data.imagenet.frames=8",
     "vimnas.data.imagenet.test_clips=2",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.space import SPACES
 from vimnas_ds.tubes import TUBELET, TokenGeometry, Tube

@@ -135,7 +135,19 @@ VALUES: list[tuple[Any, ...]] = [
     (f"{IMAGE}.random_erasing", 1.0, "less than 1"),
     (f"{IMAGE}.mixup", -0.1, "greater than or equal to 0"),
     (f"{IMAGE}.randaugment.m", 11, "less than or equal to 10"),
+    ("vimnas.model.gelu", "relu", "'tanh' or 'erf'"),
+    ("vimnas.model.norm_eps", 0, "greater than 0"),
+    ("vimnas.model.norm_eps", 1.0, "less than 1"),
+    ("vimnas.model.class_token", 1, "must be true or false"),
+    ("vimnas.model.positions", "sincos", "'fixed' or 'learned'"),
+    ("vimnas.model.relative_positions", 0, "greater than or equal to 1"),
+    ("vimnas.model.relative_positions", True, "must be a whole number"),
+    ("vimnas.model.packed_qkv_bias", "yes", "must be true or false"),
+    (f"{IMAGE}.export_interpolation", "nearest", "'bilinear' or 'bicubic'"),
     # what does not go together
+    ("vimnas.model.positions", "learned", "is for images alone", "the videos of k400"),
+    ("vimnas.model.relative_positions", 14, "is for images alone", "the videos of k400"),
+    (f"{VIDEO}.export_interpolation", "bicubic", "for image datasets only"),
     ("vimnas.schedule.warmup", 100, "exceeds schedule.epochs 3"),
     ("vimnas.schedule.min_lr", 1.0, "not below the peak 0.01"),
     ("vimnas.schedule.image_epochs", 9, "exceeds schedule.epochs 3"),
@@ -199,6 +211,46 @@ def test_a_wrong_value_is_refused_with_its_key_and_what_is_right(path, value, wo
     message = str(refused.value)
     assert [w for w in (path.rpartition(".")[2], *words) if w not in message] == []
     assert "unknown" in message or is_said(value, message)
+
+
+#: (changes to the small configuration without its videos, what the answer must say)
+PLACES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    (
+        {"vimnas.data.datasets.cifar": {"size": 40}, "vimnas.schedule.image_dataset": "imagenet"},
+        ("images of one size", "'cifar': 40"),
+    ),
+    (
+        {"vimnas.tokens.tubes": [{"kernel": [1, 8, 8], "stride": [1, 4, 4]}]},
+        ("neither overlap nor leave gaps", "1x8x8/1x4x4/0x0x0", "make its stride its kernel"),
+    ),
+    (
+        {"vimnas.tokens.tubes": [{**TUBES[1], "offset": [0, 4, 4]}]},
+        ("neither overlap nor leave gaps", "0x4x4"),
+    ),
+    ({f"{IMAGE}.size": 8 * 65}, ("65 patches along a side, 64 at most", "size")),
+]
+
+
+@pytest.mark.parametrize(
+    "switch", [("positions", "learned", 'positions "learned"'),
+               ("relative_positions", 9, "relative_positions 9")]
+)  # fmt: skip
+@pytest.mark.parametrize(("changes", "words"), PLACES)
+def test_positions_of_one_grid_refuse_what_has_several(changes, words, switch):
+    key, value, said = switch
+    raw = changed(f"vimnas.model.{key}", value)
+    datasets = raw["vimnas"]["data"]["datasets"]
+    del datasets["k400"]
+    parse_config(raw)
+    for path, change in changes.items():
+        *parents, last = path.split(".")
+        node: Any = raw
+        for part in parents:
+            node = node[part]
+        node[last] = {**datasets["imagenet"], **change} if isinstance(change, dict) else change
+    with pytest.raises(ConfigError) as refused:
+        parse_config(raw)
+    assert [w for w in (f"model.{said}", *words) if w not in str(refused.value)] == []
 
 
 GOOD = json.dumps(small_config())

@@ -17,7 +17,7 @@ from tests.small import small_config
 from vimnas_ds.config import ConfigError, load_config, parse_config
 from vimnas_ds.cost import Layout, count_params
 from vimnas_ds.memory import Inference
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.search import latency
 from vimnas_ds.search.constraints import Constraints, Range, format_cost, parse_about
@@ -27,7 +27,7 @@ from vimnas_ds.search.signatures import Signatures
 from vimnas_ds.space import SPACES, Arch, SearchSpace
 from vimnas_ds.train.dry_run import cost_of, model_layout
 from vimnas_ds.train.ranks import Ranks
-from vimnas_ds.tubes import TUBEVIT
+from vimnas_ds.tubes import TUBEVIT, TokenGeometry, Tube
 
 NANO, CONFIG = SPACES["nano"], parse_config(small_config())
 MEMBERS = list(NANO.members())
@@ -198,6 +198,29 @@ def test_memory_is_within_a_tenth_of_the_measured_peak(arch, frames, batch, qk_n
     kept = [x, *net._positions.values()]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     assert run.resident() == sum(held.values())
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(
+    ("arch", "batch"),
+    [
+        (Arch.uniform(192, 3, 3, 3), 1),  # the pairs of tokens decide
+        (Arch.uniform(192, 3, 3, 3), 8),
+        (Arch.uniform(96, 2, 6, 1), 8),  # the scores decide
+    ],
+)
+def test_memory_with_relative_positions_is_the_measured_peak(arch, batch, qk_norm):
+    options = ModelOptions(
+        qk_norm, class_token=True, positions="learned", relative_positions=14, side=14
+    )
+    geometry = TokenGeometry((Tube((1, 16, 16), (1, 16, 16)),), 0)
+    net = SubNetwork(arch, 64, geometry, {"data": 10}, options, 240).eval()
+    layout = Layout(geometry, 64, "qkv", qk_norm, False, True, 197, 7680)
+    run = Inference(layout, None, 224, 240, batch)
+    x = torch.randn(batch, 3, 224, 224)
+    predicted = max(run.attention(arch.embed_dim, h) for h in arch.num_heads)
+    assert predicted == pytest.approx(measured_peak(net, x), rel=1e-3)
+    assert run.resident() == x.nbytes  # positions are parameters
 
 
 def test_a_latency_table_is_scaled_to_whole_networks_and_says_its_error():

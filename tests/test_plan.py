@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from scripts import plan as script
 from tests.conftest import ROOT, SMALL_TUBES, clip_batch, image_batch
 from tests.small import small_config
-from vimnas_ds.config import load_config, parse_config
+from vimnas_ds.config import ConfigError, load_config, parse_config
 from vimnas_ds.cost import Layout, count_macs, count_params
 from vimnas_ds.gpus import GPUS
 from vimnas_ds.model import attention as backends
 from vimnas_ds.model import block, layers
 from vimnas_ds.model.alphas import Alphas
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.ops._extension import available
 from vimnas_ds.ops.sliced_linear import sliced_linear_ref
@@ -253,6 +253,12 @@ def machines(**changes) -> Machines:
 def vitl(*overrides: str, **changes) -> Plan:
     config = load_config(VITL, list(overrides))
     return Plan(config, model_layout(config), SIZES, machines(**changes))
+
+
+def test_switches_whose_memory_is_not_modelled_have_no_plan():
+    vitl("vimnas.model.class_token=true")
+    with pytest.raises(ConfigError, match=r'vimnas\.model\.gelu "erf".* is not modelled'):
+        vitl("vimnas.model.gelu=erf")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

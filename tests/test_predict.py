@@ -21,10 +21,12 @@ from tests.conftest import ROOT, SHARED_DATA
 from tests.media import encode, numbered
 from vimnas_ds import predict
 from vimnas_ds.data.bad import BadFile
-from vimnas_ds.export import ExportError, export_subnet, read_json
-from vimnas_ds.model.autoformer import AutoFormerNetwork, AutoFormerShape
+from vimnas_ds.export import ExportError, export_subnet, load_subnet, read_json
+from vimnas_ds.model.options import ModelOptions
+from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.predict import Classifier, is_picture, read_input
 from vimnas_ds.space import Arch
+from vimnas_ds.tubes import TokenGeometry, Tube
 
 PICTURE = {"frames": None, "size": 8, "resize": 8, "mean": (0, 0, 0), "std": (1, 1, 1)}
 LABELS = {"imagenet": list("abcdefg"), "k400": ["run", "sit", "swim", "walk", "wave"]}
@@ -193,20 +195,22 @@ def test_exports_that_are_malformed_are_refused_in_words(
 def test_inputs_that_the_network_does_not_take_are_refused_when_it_is_opened(
     exported, tmp_path, monkeypatch
 ):
-    shape = AutoFormerShape(head_dim=8, patch=8, side=4, reach=2)
-    net = AutoFormerNetwork(Arch(16, 1, (2,), (2,)), shape, {"imagenet": 7})
+    options = ModelOptions(positions="learned", relative_positions=2, class_token=True, side=4)
+    patches = TokenGeometry((Tube((1, 8, 8), (1, 8, 8)),), 0)
+    net = SubNetwork(Arch(16, 1, (2,), (2,)), 8, patches, {"imagenet": 7}, options, 16)
     steps = {"size": 32, "resize": 40, "frames": None, "fps": None}
     labels = {"imagenet": LABELS["imagenet"]}
-    for change, said in (({}, ""), ({"size": 40}, "pictures of 32 pixels, not size 40"),
+    for change, said in (({}, ""), ({"size": 40}, "pictures of 4 x 4 patches, not size 40"),
                          ({"frames": 8, "fps": 8.0}, "not size 32 and frames 8")):  # fmt: skip
         export_subnet(net, tmp_path / "theirs", labels, {"imagenet": {**steps, **change}}, {})
         with pytest.raises(ExportError, match=said) if said else contextlib.nullcontext():
             Classifier(tmp_path / "theirs")
     about = read_json(tmp_path / "theirs", "arch.json")
-    about["shape"]["patch"] = 0
-    (tmp_path / "theirs" / "arch.json").write_text(json.dumps(about))
-    with pytest.raises(ExportError, match=r"shape\.patch must be a whole number"):
-        Classifier(tmp_path / "theirs")
+    for key in ("side", "relative_positions"):
+        spoilt = {**about, key: 2.5}
+        (tmp_path / "theirs" / "arch.json").write_text(json.dumps(spoilt))
+        with pytest.raises(ExportError, match=f"{key} must be a whole number"):
+            Classifier(tmp_path / "theirs")
     monkeypatch.setattr(predict, "MAX_TOKENS", 15)
     with pytest.raises(ExportError, match="size 32 and frames None make 16 tokens"):
         Classifier(exported)
@@ -221,6 +225,35 @@ def test_weights_that_cannot_answer_are_refused_in_words(exported, tmp_path, cap
         save_file(tensors, exported / "model.safetensors")
         assert script.main([str(exported), str(tmp_path / "picture.jpg")]) == 2
         assert said in capsys.readouterr().err.removeprefix("cannot classify: ")
+
+
+def test_pictures_are_resized_by_the_filter_that_the_export_names(exported, tmp_path):
+    squares = np.random.default_rng(0).integers(0, 2, (15, 20, 3), dtype=np.uint8) * 255
+    pixels = squares.repeat(6, 0).repeat(6, 1)  # black and white: the bicubic filter overshoots
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    steps = read_json(exported, "preprocess.json")["imagenet"]
+    assert steps["interpolation"] == "bilinear"
+    mean, std = (torch.tensor(steps[key]).view(3, 1, 1) for key in ("mean", "std"))
+    for name, pillow in (("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC)):
+        seen = read_input(tmp_path / "noise.png", {**steps, "interpolation": name})[0]
+        small = Image.fromarray(pixels).resize((53, 40), pillow)  # Pillow's is antialiased
+        wanted = torch.from_numpy(np.array(small)).permute(2, 0, 1)[:, 4:36, 11:43]
+        assert ((seen * std + mean) * 255 - wanted).abs().max() < 2
+    del steps["interpolation"]  # as exports of an earlier version
+    assert read_input(tmp_path / "noise.png", steps).shape == (1, 3, 32, 32)
+    with pytest.raises(ExportError, match="interpolation 'nearest' is not bilinear or bicubic"):
+        read_input(tmp_path / "noise.png", {**steps, "interpolation": "nearest"})
+
+
+def test_an_export_of_an_earlier_version_is_what_it_was(exported, supernet):
+    about = json.loads((exported / "arch.json").read_text())
+    for key in ("gelu", "norm_eps", "class_token", "positions", "relative_positions", "side"):
+        del about[key]
+    (exported / "arch.json").write_text(json.dumps(about))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = supernet(x, supernet.space.largest(), "imagenet")
+        torch.testing.assert_close(load_subnet(exported)(x, "imagenet"), expected)
 
 
 def test_whoever_may_read_the_folder_may_read_the_weights(exported):

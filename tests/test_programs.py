@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from scripts.export import FORMATS, Trained, write_heads
 from tests.conftest import SMALL_TUBES, clip_batch, image_batch
 from vimnas_ds.export import ExportError
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.programs import CannotExpress, Head, write_onnx, write_torch_export
 from vimnas_ds.space import Arch
 from vimnas_ds.timm_vit import write_timm
@@ -81,6 +81,8 @@ def test_a_program_holds_the_weights_of_its_own_head_alone(build_supernet, tmp_p
     [
         (ModelOptions(qk_norm=True, layer_scale=0.5), SMALL_TUBES),
         (ModelOptions(), FRAMES_OF_TWO),
+        (ModelOptions(gelu="erf", class_token=True, packed_qkv_bias=True), SMALL_TUBES),
+        (ModelOptions(class_token=True, positions="learned", side=4), SMALL_TUBES),
     ],
 )
 def test_timms_vision_transformer_has_the_supernets_logits(
@@ -108,6 +110,12 @@ def test_what_timm_cannot_express_is_refused_in_words(build_supernet, tmp_path):
         net = build_supernet(geometry=geometry).extract(arch)
         with pytest.raises(CannotExpress, match=words):
             write_timm(Head(net, name, tuple(INPUTS[name].shape[2:])), tmp_path)
+    for options, words in (
+        (ModelOptions(relative_positions=2, side=4), "has no relative positions"),
+        (ModelOptions(norm_eps=1e-5), "norms have eps 1e-06 .* here it is 1e-05"),
+    ):
+        with pytest.raises(CannotExpress, match=words):
+            write_timm(Head(build_supernet(options).extract(ALIKE), "imagenet", (32, 32)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import SMALL_TUBES, clip_batch, image_batch
 from vimnas_ds.cost import Layout, count_macs, count_params
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.space import SPACES, Arch, SearchSpace
 from vimnas_ds.tubes import TUBELET, TUBEVIT, TokenGeometry, Tube
@@ -69,7 +69,14 @@ def test_timm_params_equal_a_built_timm_model():
 
 
 @pytest.mark.parametrize("geometry", [SMALL_TUBES, TUBELET])
-@pytest.mark.parametrize("switches", [ModelOptions(), ModelOptions(qk_norm=True, layer_scale=1e-4)])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        ModelOptions(),
+        ModelOptions(qk_norm=True, layer_scale=1e-4),
+        ModelOptions(gelu="erf", class_token=True, packed_qkv_bias=True),
+    ],
+)
 def test_counts_equal_built_models_to_the_unit(geometry, switches):
     space = SPACES["nano"]
     net = Supernet(space, geometry, {"imagenet": 7, "k400": 5}, switches).eval()
@@ -78,6 +85,7 @@ def test_counts_equal_built_models_to_the_unit(geometry, switches):
         head_dim=16,
         qk_norm=switches.qk_norm,
         layer_scale=switches.layer_scale is not None,
+        class_token=switches.class_token,
     )
     rng = random.Random(0)
     for arch in [space.smallest(), space.largest(), *(space.sample(rng) for _ in range(3))]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 
 from tests.conftest import SMALL_TUBES, clip_batch, image_batch
 from vimnas_ds.model.alphas import Alphas, one_hot
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.model.tokens import sincos_positions, token_centres
 from vimnas_ds.ops.gates import hidden_mass, leading_mass, weighted_layer_norm
@@ -23,6 +24,18 @@ SPACE = SPACES["nano"]
 INPUTS = (("imagenet", image_batch()), ("k400", clip_batch()))
 PLAIN = ModelOptions()
 FULL = ModelOptions(qk_norm=True, layer_scale=0.5)
+#: AutoFormer's network, and its parts beside ours
+PLACES = ModelOptions(
+    gelu="erf",
+    norm_eps=1e-2,
+    class_token=True,
+    positions="learned",
+    relative_positions=2,
+    packed_qkv_bias=True,
+    side=4,
+)
+RELATIVE = replace(FULL, relative_positions=9, side=4, class_token=True)
+MIXED = replace(FULL, gelu="erf", class_token=True, packed_qkv_bias=True)
 
 
 def sampled_archs(count: int):
@@ -30,21 +43,35 @@ def sampled_archs(count: int):
     return [SPACE.smallest(), SPACE.largest(), *(SPACE.sample(rng) for _ in range(count))]
 
 
-@pytest.mark.parametrize("geometry", [SMALL_TUBES, TUBELET])
-@pytest.mark.parametrize("options", [PLAIN, FULL])
+def inputs_of(options: ModelOptions):
+    return INPUTS[:1] if options.has_places else INPUTS
+
+
+@pytest.mark.parametrize(
+    ("options", "geometry"),
+    [
+        (PLAIN, SMALL_TUBES),
+        (PLAIN, TUBELET),
+        (FULL, SMALL_TUBES),
+        (FULL, TUBELET),
+        (PLACES, SMALL_TUBES),
+        (RELATIVE, SMALL_TUBES),
+        (MIXED, SMALL_TUBES),
+    ],
+)
 def test_sampled_equals_extracted(build_supernet, options, geometry):
     net = build_supernet(options, geometry)
     for arch in sampled_archs(4):
         sub = net.extract(arch)
-        for dataset, x in INPUTS:
+        for dataset, x in inputs_of(options):
             assert_close(net(x, arch, dataset), sub(x, dataset), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [PLAIN, FULL])
+@pytest.mark.parametrize("options", [PLAIN, FULL, PLACES, RELATIVE, MIXED])
 def test_superposed_at_one_hot_equals_sampled(build_supernet, options):
     net = build_supernet(options)
     for arch in sampled_archs(4):
-        for dataset, x in INPUTS:
+        for dataset, x in inputs_of(options):
             soft = net.superposed(x, one_hot(SPACE, arch), dataset)
             assert_close(soft, net(x, arch, dataset), atol=1e-5, rtol=1e-5)
 
@@ -98,12 +125,13 @@ def test_activation_checkpointing_changes_no_bit(build_supernet):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("options", [FULL, PLACES])
 @pytest.mark.parametrize("decision", ["num_heads[1]", "mlp_ratio[1]"])
-def test_a_branch_is_linear_in_its_masses(build_supernet, decision):
+def test_a_branch_is_linear_in_its_masses(build_supernet, decision, options):
     """At soft alpha the branch's output at p = (t, 1-t) is the t-mixture of its ends: a decision
     that acted twice or three times would make it a higher polynomial."""
-    block = build_supernet(FULL).blocks[1]
-    x = torch.randn(2, 9, 64)
+    block = build_supernet(options).blocks[1]
+    x = torch.randn(2, 17, 64)
     soft, other = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.4, 0.6])
     embed = leading_mass(soft, SPACE.embed_dim, 64)
     if "heads" in decision:  # the attention branch alone: the MLP is not linear in its input
@@ -170,14 +198,16 @@ def test_layer_norm_statistics_are_weighted():
     assert (expected - plain).abs().max() > 0.1  # padded statistics would be another result
 
 
-def test_alphas_get_gradients_and_weights_none(build_supernet):
-    net = build_supernet(FULL)
+@pytest.mark.parametrize("options", [FULL, PLACES])
+def test_alphas_get_gradients_and_weights_none(build_supernet, options):
+    net = build_supernet(options)
     alphas = Alphas(SPACE, 0.1, torch.Generator().manual_seed(0))
-    loss = net.superposed(clip_batch(), alphas.probabilities(), "k400").square().mean()
+    dataset, x = inputs_of(options)[-1]
+    loss = net.superposed(x, alphas.probabilities(), dataset).square().mean()
     grads = torch.autograd.grad(loss, list(alphas))
     assert all(g.abs().max() > 0 for g in grads)
     assert all(p.grad is None for p in net.parameters())
-    loss = net.superposed(clip_batch(), alphas.probabilities(), "k400").sum()
+    loss = net.superposed(x, alphas.probabilities(), dataset).sum()
     loss.backward()
     assert all(p.grad is None for p in net.parameters())
 
@@ -190,6 +220,45 @@ def test_qkv_rows_and_biases_keep_their_roles(build_supernet):
     for role, y in enumerate((q, k, v)):
         rows = slice(role * 32, role * 32 + 16)
         assert_close(y, F.linear(x, attn.qkv.weight[rows, :32], attn.qkv.bias[rows]))
+
+
+def test_a_class_token_comes_first_and_has_no_fixed_position(build_supernet):
+    plain, net = build_supernet(PLAIN), build_supernet(ModelOptions(class_token=True))
+    with torch.no_grad():
+        for mine, theirs in zip(net.tokens.tubes, plain.tokens.tubes, strict=True):
+            mine.load_state_dict(theirs.state_dict())
+    for _, x in INPUTS:
+        first, others = net.tokens(x, 48).split([1, plain.tokens(x, 48).shape[1]], 1)
+        assert_close(others, plain.tokens(x, 48), atol=0, rtol=0)
+        assert_close(first[:, 0], net.tokens.class_token.weight[:, :48].expand(len(x), -1))
+
+
+def test_positions_of_one_grid_refuse_other_inputs_in_words(build_supernet):
+    net = build_supernet(PLACES)
+    for each in (net, net.extract(SPACE.largest())):
+        arch = (SPACE.largest(),) if each is net else ()
+        for x, words in ((torch.randn(1, 3, 40, 32), "not images of 5 x 4 patches"),
+                         (clip_batch(), "not clips")):  # fmt: skip
+            with pytest.raises(ValueError, match=f"images of 4 x 4 patches, {words}"):
+                each(x, *arch, "imagenet")
+
+
+def test_a_step_moves_what_the_sampled_subnetwork_uses_of_every_table_and_no_more(build_supernet):
+    net, arch = build_supernet(PLACES), Arch(32, 2, (1, 2), (2, 4))
+    net(image_batch(), arch, "imagenet").square().sum().backward()
+    layouts, seen = net.layouts(), set()
+    for name, parameter in net.named_parameters():
+        extents = layouts[name].extents(arch, SPACE.head_dim)
+        if "k400" in name or extents is None or layouts[name].video_only:
+            continue
+        moved = torch.zeros(layouts[name].shape, dtype=torch.bool)
+        moved[tuple(slice(0, e) for e in extents)] = True
+        gradient = parameter.grad.view(layouts[name].shape)
+        assert not gradient[~moved].any(), name
+        assert (gradient[moved] != 0).float().mean() > 0.5, name
+        seen |= {name} if not layouts[name].decay else set()
+    assert {"tokens.class_token.weight", "tokens.position.weight", "blocks.0.attn.qkv.bias",
+            "blocks.1.attn.relative.v_columns.weight"} <= seen  # fmt: skip
 
 
 def test_positions_of_a_sliced_width_keep_all_three_axes():

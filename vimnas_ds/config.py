@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from vimnas_ds.space import SPACES, Arch, SearchSpace
-from vimnas_ds.tubes import TUBELET, TUBEVIT, TokenGeometry, Tube
+from vimnas_ds.tubes import MAX_SIDE, TUBELET, TUBEVIT, TokenGeometry, Tube
 
 
 class ConfigError(ValueError):
@@ -168,6 +168,11 @@ class DatasetSection(Section):
     resize: int | None = Field(
         None, ge=8, description="Shorter side before the test crop; null: size * 256 / 224"
     )
+    export_interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear",
+        description="Filter by which predict.py resizes pictures for an exported network (images "
+        "only; written to its preprocess.json). Training and evaluation here are bilinear",
+    )
     frames: int | None = Field(None, ge=1, description="Frames of a clip (video only)")
     fps: Positive | None = Field(None, description="Clip sampling rate; frames are taken by time")
     base_lr: Positive = Field(description="Learning rate when this is the only dataset")
@@ -196,6 +201,10 @@ class DatasetSection(Section):
         if self.kind == "image" and (self.frames is not None or self.fps is not None):
             raise ValueError(
                 f"frames and fps are for video datasets only, got {self.frames} and {self.fps}"
+            )
+        if self.kind == "video" and self.export_interpolation != "bilinear":
+            raise ValueError(
+                f'export_interpolation "{self.export_interpolation}" is for image datasets only'
             )
         if self.kind == "image" and self.test_clips is not None:
             raise ValueError(f"test_clips is for video datasets only, got {self.test_clips}")
@@ -310,6 +319,31 @@ class ModelSection(Section):
     activation_checkpointing: bool = Field(
         False, description="Recompute blocks in backward: less memory, a third more time"
     )
+    gelu: Literal["tanh", "erf"] = Field(
+        "tanh", description="GELU's form; erf (AutoFormer, timm) has no compiled operator here"
+    )
+    norm_eps: Annotated[float, Field(gt=0, lt=1)] = Field(
+        1e-6, description="LayerNorm's eps (AutoFormer: 1e-5)"
+    )
+    class_token: bool = Field(
+        False, description="A learned token that attends with the others; pooling leaves it out"
+    )
+    positions: Literal["fixed", "learned"] = Field(
+        "fixed",
+        description="fixed: sin/cos of the tubes' centres; learned: a vector for every token of "
+        "images of one size, no videos",
+    )
+    relative_positions: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None,
+        description="Learned 2-D relative positions in every layer, for images of one size: the "
+        "largest distance told apart (AutoFormer: 14). Attention then makes its scores, no flash "
+        "kernel; null: off",
+    )
+    packed_qkv_bias: bool = Field(
+        False,
+        description="AutoFormer's biases of q, k and v: one vector, of which h heads take the "
+        "first 3 h head_dim, so that they change roles with h",
+    )
     init: Place | None = Field(
         None, description="Warm start: a local timm ViT checkpoint (.safetensors, .pth)"
     )
@@ -322,6 +356,14 @@ class ModelSection(Section):
         if self.init is not None and self.inherit is not None:
             raise ValueError("init and inherit exclude each other")
         return self
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The switches, as written, that hold for images of one size alone."""
+        found = ['positions "learned"'] if self.positions == "learned" else []
+        if self.relative_positions is not None:
+            found += [f"relative_positions {self.relative_positions}"]
+        return tuple(found)
 
 
 class ScheduleSection(Section):
@@ -568,7 +610,41 @@ class VimnasSection(Section):
                 geometry.num_tokens(data.frames, data.size)
             except ValueError as err:
                 raise ValueError(f"data.datasets.{name}: {err} (tokens.tubes)") from err
+        for switch in self.model.places:
+            self._check_places(f"model.{switch}")
         return self
+
+    def _check_places(self, switch: str) -> None:
+        """Raise ValueError unless all inputs are images of one plain grid of patches."""
+        datasets, geometry = self.data.datasets, self.tokens.geometry()
+        videos = [name for name, data in datasets.items() if not data.is_image]
+        if videos:
+            raise ValueError(
+                f"{switch} is for images alone, and data.datasets has the videos of "
+                f"{', '.join(videos)}: leave it out, or them"
+            )
+        sizes = {name: data.size for name, data in datasets.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"{switch} is for images of one size, data.datasets has {sizes}")
+        tube = geometry.tubes[geometry.image_tube]
+        if tube.kernel[1:] != tube.stride[1:] or any(tube.offset):
+            raise ValueError(
+                f"{switch} needs patches that neither overlap nor leave gaps, the image's tube "
+                f"{tube} (kernel/stride/offset) does: make its stride its kernel (tokens.tubes)"
+            )
+        if (self.side or 0) > MAX_SIDE:
+            raise ValueError(
+                f"{switch}: {self.side} patches along a side, {MAX_SIDE} at most (size, tokens)"
+            )
+
+    @property
+    def side(self) -> int | None:
+        """Patches along an image's side where the model's positions depend on it, else None."""
+        if not self.model.places:
+            return None
+        geometry, data = self.tokens.geometry(), next(iter(self.data.datasets.values()))
+        tube = geometry.tubes[geometry.image_tube]
+        return tube.grid((geometry.image_frames, data.size, data.size))[1]
 
     @property
     def search_space(self) -> SearchSpace:

@@ -8,8 +8,10 @@ With E = embed_dim, K = head_dim, and for layer l: h heads, F = int(E*r) hidden 
 
 Our convention (METHOD.md section 7): trunk + all tubes + one named head; the two attention
 matmuls count (peers that leave them out are 20 to 40 % low on video); norms, GELU, softmax and
-additions do not. Where the package reports GFLOPs it means 1e9 MACs, the papers' own convention.
-`Layout` has what published layouts differ in, so their numbers can be checked.
+additions do not, nor do the products of relative positions (as many as those two matmuls again),
+which the published numbers leave out. Where the package reports GFLOPs it means 1e9 MACs, the
+papers' own convention. `Layout` has what published layouts differ in, so that their numbers can be
+checked.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ class Layout:
     class_token: bool = False
     learned_positions: int = 0  #: number of learned position vectors (0: fixed sin/cos)
     relative_position_params: int = 0  #: per layer (AutoFormer: 7680)
+
+    def num_tokens(self, frames: int | None, size: int) -> int:
+        """Tokens of a square input of `size` pixels; `frames` is None for an image."""
+        return self.tokens.num_tokens(frames, size) + self.class_token
 
 
 def count_params(arch: Arch, num_classes: int, layout: Layout) -> int:

@@ -20,24 +20,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from vimnas_ds.export_check import check_arch, check_classes, check_geometry, check_shape
-from vimnas_ds.model.autoformer import AutoFormerNetwork, AutoFormerShape
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.export_check import check_arch, check_classes, check_geometry
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.space import Arch
 from vimnas_ds.tensor_file import save_tensors
 from vimnas_ds.tubes import TokenGeometry, Tube
 
 FORMAT = "vimnas_ds sub-network 1"
-AUTOFORMER_FORMAT = "vimnas_ds AutoFormer sub-network 1"
-#: What an export may hold: called alike, `net(x, dataset)`.
-Network = SubNetwork | AutoFormerNetwork
+#: Switches that an export of an earlier version does not name.
+_SWITCHES = ("gelu", "norm_eps", "class_token", "positions", "relative_positions", "side")
 #: ImageNet's channel statistics, for values in [0, 1]
 _NORMALISE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _HOW = (
     "RGB, upright (EXIF, rotation metadata applied); for video `frames` frames at `fps`, the frame "
     "shown at time t being the last with a time stamp <= t, from the middle of the video, the last "
-    "frame repeated where it is short; shorter side resized to `resize` (antialiased bilinear), "
+    "frame repeated where it is short; shorter side resized to `resize` (antialiased, by the "
+    "filter `interpolation`), "
     "centre crop of `size`, divided by 255, minus mean, divided by std"
 )
 
@@ -53,7 +52,7 @@ class ExportError(ValueError):
 
 
 def export_subnet(
-    net: Network,
+    net: SubNetwork,
     folder: Path,
     labels: Mapping[str, Sequence[str]],
     preprocess: Mapping[str, Mapping[str, Any]],
@@ -61,8 +60,8 @@ def export_subnet(
 ) -> None:
     """Write `net` to `folder` (made if absent; an export already there is replaced).
 
-    `preprocess[dataset]` has size, resize, frames and fps (null for images); `source` is kept as a
-    note of where the weights came from.
+    `preprocess[dataset]` has size, resize, frames and fps (null for images), and interpolation
+    where it is not bilinear; `source` is kept as a note of where the weights came from.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {n: p.detach().float().cpu().contiguous() for n, p in net.named_parameters()}
@@ -73,41 +72,41 @@ def export_subnet(
         name: [*names, *(f"class {i}" for i in range(len(names), classes[name]))]
         for name, names in labels.items()
     }
-    steps = {name: {**p, **_NORMALISE, "how": _HOW} for name, p in preprocess.items()}
+    steps = {
+        name: {"interpolation": "bilinear", **p, **_NORMALISE, "how": _HOW}
+        for name, p in preprocess.items()
+    }
     for file, content in (("arch", arch), ("labels", named), ("preprocess", steps)):
         (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _describe(net: Network) -> dict[str, Any]:
-    arch = json.loads(net.arch.to_json())
-    if isinstance(net, AutoFormerNetwork):
-        return {"format": AUTOFORMER_FORMAT, "arch": arch, "shape": asdict(net.shape)}
+def _describe(net: SubNetwork) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "arch": arch,
+        "arch": json.loads(net.arch.to_json()),
         "head_dim": net.head_dim,
         "position_dim": net.position_dim,
         "image_tube": net.geometry.image_tube,
         "tubes": [asdict(t) for t in net.geometry.tubes],
         "qk_norm": net.options.qk_norm,
         "layer_scale": net.options.layer_scale is not None,
+        **{key: getattr(net.options, key) for key in _SWITCHES},
     }
 
 
-def _build(about: Mapping[str, Any]) -> Network:
+def _build(about: Mapping[str, Any]) -> SubNetwork:
     """The network that `_describe` described, its weights not yet set."""
     arch = Arch.from_json(about["arch"])
     check_arch(arch)
     check_classes(about["num_classes"])
-    if about["format"] == AUTOFORMER_FORMAT:
-        check_shape(about["shape"])
-        return AutoFormerNetwork(arch, AutoFormerShape(**about["shape"]), about["num_classes"])
     check_geometry(about, arch)
     tubes = tuple(
         Tube(tuple(t["kernel"]), tuple(t["stride"]), tuple(t["offset"])) for t in about["tubes"]
     )
     options = ModelOptions(
-        qk_norm=about["qk_norm"], layer_scale=1.0 if about["layer_scale"] else None
+        qk_norm=about["qk_norm"],
+        layer_scale=1.0 if about["layer_scale"] else None,
+        **{key: about[key] for key in _SWITCHES if key in about},
     )
     if not 0 <= about["image_tube"] < len(tubes):
         raise ValueError(f"image_tube {about['image_tube']} is not one of {len(tubes)} tubes")
@@ -134,7 +133,7 @@ def read_json(folder: Path, name: str) -> Any:
         raise ExportError(f"{folder} is not an exported sub-network: {name}: {err}") from err
 
 
-def load_subnet(folder: str | Path) -> Network:
+def load_subnet(folder: str | Path) -> SubNetwork:
     """The exported module, in eval mode: `net(x, dataset)` -> logits.
 
     x is (B, 3, H, W) or (B, 3, T, H, W), normalised as preprocess.json says.
@@ -142,9 +141,8 @@ def load_subnet(folder: str | Path) -> Network:
     """
     folder = Path(folder)
     about = read_json(folder, "arch.json")
-    formats = (FORMAT, AUTOFORMER_FORMAT)
-    if not isinstance(about, dict) or about.get("format") not in formats:
-        raise ExportError(f"{folder}: arch.json is not of the format {' or '.join(formats)}")
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ExportError(f"{folder}: arch.json is not of the format {FORMAT}")
     try:
         with torch.device("meta"):  # takes no memory: the file alone decides how much is loaded
             net = _build(about)

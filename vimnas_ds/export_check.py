@@ -41,8 +41,11 @@ def check_arch(arch: Arch) -> None:
 
 
 def check_geometry(about: Mapping[str, Any], arch: Arch) -> None:
-    """`head_dim`, `position_dim`, `tubes` and `image_tube` of arch.json."""
+    """`head_dim`, `position_dim`, `tubes`, `image_tube` and what counts patches in arch.json."""
     _whole("head_dim", about["head_dim"])
+    for key in ("side", "relative_positions"):
+        if about.get(key) is not None:
+            _whole(key, about[key])
     _whole("image_tube", about["image_tube"], 0)
     dim = about["position_dim"]
     _whole("position_dim", dim, arch.embed_dim)
@@ -54,12 +57,6 @@ def check_geometry(about: Mapping[str, Any], arch: Arch) -> None:
                 raise ValueError(f"tubes[{i}].{key} must be three numbers, got {tube[key]!r}")
             for number in tube[key]:
                 _whole(f"tubes[{i}].{key}", number, least)
-
-
-def check_shape(shape: object) -> None:
-    """`shape` of an AutoFormer network's arch.json."""
-    for key, value in _object("shape", shape).items():
-        _whole(f"shape.{key}", value)
 
 
 def check_labels(labels: object, head: str, classes: int) -> None:

@@ -15,8 +15,10 @@ from typing import Literal
 
 from vimnas_ds.space import Arch, SearchSpace
 
-#: "all": never sliced; "embed": embed_dim; "heads": num_heads * head_dim; "hidden": MLP width
-AxisKind = Literal["all", "embed", "heads", "hidden"]
+#: "all": never sliced; "embed": embed_dim; "heads": num_heads * head_dim; "qkv": three times that;
+#: "hidden": MLP width
+AxisKind = Literal["all", "embed", "heads", "qkv", "hidden"]
+_PER_HEAD = {"heads": 1, "qkv": 3}
 Extents = tuple[int, ...]
 
 
@@ -56,8 +58,8 @@ class ParamLayout:
         if axis.kind == "embed":
             return arch.embed_dim
         assert self.layer is not None
-        if axis.kind == "heads":
-            return arch.num_heads[self.layer] * head_dim
+        if axis.kind in _PER_HEAD:
+            return _PER_HEAD[axis.kind] * arch.num_heads[self.layer] * head_dim
         return arch.hidden_dim(self.layer)
 
     def cuts(self, space: SearchSpace) -> tuple[tuple[int, ...], ...]:
@@ -70,8 +72,9 @@ class ParamLayout:
         if axis.kind == "embed":
             return space.embed_dim
         assert self.layer is not None
-        if axis.kind == "heads":
-            return tuple(h * space.head_dim for h in space.num_heads[self.layer])
+        if axis.kind in _PER_HEAD:
+            width = _PER_HEAD[axis.kind] * space.head_dim
+            return tuple(h * width for h in space.num_heads[self.layer])
         return space.hidden_dims(self.layer)
 
 

@@ -2,7 +2,8 @@
 
 Resize, centre crop and normalisation follow the export's preprocess.json; frames are taken by
 time. Clips are scaled while they are decoded, as in an evaluation; pictures with torch's
-antialiased bilinear: within a grey level or two of the training graph's.
+antialiased filter of the name in preprocess.json: the bilinear one is within a grey level or two of
+the training graph's.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from vimnas_ds.data.bad import BadFile, BadVideo
 from vimnas_ds.data.decode import read_clip
 from vimnas_ds.data.images import understood
 from vimnas_ds.data.sampling import whole_picture
-from vimnas_ds.export import ExportError, Network, load_subnet, read_json
+from vimnas_ds.export import ExportError, load_subnet, read_json
 from vimnas_ds.export_check import check_labels, check_preprocess
-from vimnas_ds.model.autoformer import AutoFormerNetwork
+from vimnas_ds.model.subnet import SubNetwork
 
 #: Formats of Pillow's that are videos here when they move.
 _ANIMATIONS = ("AVIF", "GIF", "PNG")
@@ -124,17 +125,17 @@ class Classifier:
             raise ExportError(f"{self.folder}: {name}: {err}") from err
 
 
-def check_size(net: Network, steps: Mapping[str, Any]) -> None:
+def check_size(net: SubNetwork, steps: Mapping[str, Any]) -> None:
     """Raise ValueError where `net` does not take inputs that are made so."""
-    size, frames = steps["size"], steps["frames"]
-    if isinstance(net, AutoFormerNetwork):
-        if frames is not None or size != net.shape.size:
-            raise ValueError(
-                f"the network takes pictures of {net.shape.size} pixels, not size {size} and "
-                f"frames {frames}"
-            )
-    elif (tokens := net.geometry.num_tokens(frames, size)) > MAX_TOKENS:
+    size, frames, side = steps["size"], steps["frames"], net.options.side
+    tokens = net.geometry.num_tokens(frames, size)
+    if tokens > MAX_TOKENS:
         raise ValueError(f"inputs of size {size} and frames {frames} make {tokens} tokens")
+    if net.options.has_places and side and (frames is not None or tokens != side**2):
+        raise ValueError(
+            f"the network takes pictures of {side} x {side} patches, not size {size} and "
+            f"frames {frames}"
+        )
 
 
 def classify(folder: str | Path, file: str | Path, dataset: str, top: int = 5) -> Prediction:
@@ -167,7 +168,7 @@ def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
     """
     size, shorter = steps["size"], max(steps["size"], steps["resize"])
     if steps["frames"] is None:
-        x = _read_picture(file, shorter)
+        x = _read_picture(file, shorter, steps.get("interpolation", "bilinear"))
     else:
         try:
             cut = partial(whole_picture, shorter=shorter)
@@ -184,11 +185,18 @@ def read_input(file: Path, steps: Mapping[str, Any]) -> Tensor:
     return x[:, :, 0] if steps["frames"] is None else x
 
 
-def _read_picture(file: Path, shorter: int) -> Tensor:
+def _read_picture(file: Path, shorter: int, interpolation: str) -> Tensor:
     """Upright, its shorter side scaled to `shorter` pixels: (1, 3, H, W)."""
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ExportError(
+            f"preprocess.json: interpolation {interpolation!r} is not bilinear or bicubic"
+        )
     with understood(file), Image.open(file) as picture:
         rgb = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    whole = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+    whole = torch.from_numpy(rgb).permute(2, 0, 1)[None]
+    if interpolation == "bilinear":  # the bicubic filter overshoots: in bytes, as Pillow cuts it
+        whole = whole.float()
     cut = whole_picture(rgb.shape[1], rgb.shape[0], shorter)
     shape = (cut.height, cut.width)
-    return F.interpolate(whole, shape, mode="bilinear", antialias=True, align_corners=False)
+    scaled = F.interpolate(whole, shape, mode=interpolation, antialias=True, align_corners=False)
+    return scaled.float()

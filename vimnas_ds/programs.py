@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vimnas_ds.export import ExportError, Network
+from vimnas_ds.export import ExportError
+from vimnas_ds.model.subnet import SubNetwork
 
 #: pixels (B, 3, ...) -> logits (B, classes)
 Run = Callable[[Tensor], Tensor]
@@ -34,7 +35,7 @@ class CannotExpress(ExportError):
 class Head:
     """The head of `dataset`, for inputs (B, 3, *shape)."""
 
-    net: Network
+    net: SubNetwork
     dataset: str
     shape: tuple[int, ...]
 

@@ -4,9 +4,10 @@
     timm/NAME.safetensors   its state dict
 
 timm's blocks are all alike and their heads share the width: num_heads * head_dim == embed_dim. The
-rest has a counterpart: no class token, mean over tokens after the norm, GELU in its tanh form,
-qk-norm, LayerScale. Fixed positions become `pos_embed`, baked in for one size; an image that is
-repeated to k frames before its tube meets the sum of the kernel over time.
+rest has a counterpart: a class token or none, mean over the other tokens after the norm, both forms
+of GELU, qk-norm, LayerScale. Fixed positions become `pos_embed`, baked in for one size; an image
+that is repeated to k frames before its tube meets the sum of the kernel over time. Relative
+positions have none in values (timm's are biases of the scores), and norms' eps cannot be written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vimnas_ds.model.options import NORM_EPS
 from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.programs import CannotExpress, Head, Run, place
 from vimnas_ds.tensor_file import save_tensors
@@ -29,6 +31,13 @@ def timm_arguments(net: SubNetwork, dataset: str, shape: tuple[int, ...]) -> dic
     arch, tube = net.arch, net.geometry.tubes[net.geometry.image_tube]
     if len(shape) != 2:
         raise CannotExpress("timm's VisionTransformer takes images, this head takes clips")
+    if net.options.relative_positions is not None:
+        raise CannotExpress("timm's VisionTransformer has no relative positions")
+    if net.options.norm_eps != NORM_EPS:
+        raise CannotExpress(
+            f"timm's norms have eps {NORM_EPS:g} as arguments in JSON, here it is "
+            f"{net.options.norm_eps:g}"
+        )
     for field in ("num_heads", "mlp_ratio"):
         values = getattr(arch, field)
         if len(set(values)) > 1:
@@ -53,10 +62,10 @@ def timm_arguments(net: SubNetwork, dataset: str, shape: tuple[int, ...]) -> dic
         "mlp_ratio": arch.mlp_ratio[0],
         "qk_norm": net.options.qk_norm,
         "init_values": None if net.options.layer_scale is None else 1.0,
-        "class_token": False,
+        "class_token": net.options.class_token,
         "fc_norm": False,
         "norm_layer": "layernorm",  # eps 1e-6
-        "act_layer": "gelu_tanh",
+        "act_layer": "gelu" if net.options.gelu == "erf" else "gelu_tanh",
     }
 
 
@@ -66,7 +75,9 @@ def timm_state(net: SubNetwork, dataset: str, shape: tuple[int, ...]) -> dict[st
         f"tokens.tubes.{net.geometry.image_tube}": "patch_embed.proj",
         f"heads.{dataset}": "head",
     }
-    state = {"pos_embed": net.positions(shape, torch.device("cpu"))[None]}
+    state = {"pos_embed": net.positions(shape, torch.device("cpu")).detach()[None]}
+    if net.tokens.class_token is not None:
+        state["cls_token"] = net.tokens.class_token.weight.detach()[None]
     for name, value in net.state_dict().items():
         prefix, kind = name.rsplit(".", 1)
         if prefix in renamed:
@@ -78,8 +89,6 @@ def timm_state(net: SubNetwork, dataset: str, shape: tuple[int, ...]) -> dict[st
 
 def write_timm(head: Head, folder: Path) -> Run:
     """timm/NAME.json and timm/NAME.safetensors. Raises CannotExpress."""
-    if not isinstance(head.net, SubNetwork):
-        raise CannotExpress("timm's VisionTransformer has no relative positions")
     given = head.net, head.dataset, head.shape
     arguments = timm_arguments(*given)
     weights = place(folder, "timm", f"{head.dataset}.safetensors")

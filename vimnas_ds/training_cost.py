@@ -64,7 +64,7 @@ class Input:
     def mean_macs(self, space: SearchSpace) -> Macs:
         """Mean over uniformly drawn sub-networks, exactly."""
         tokens, k = self.layout.tokens, self.layout.head_dim
-        n = tokens.num_tokens(self.frames, self.size)
+        n = self.layout.num_tokens(self.frames, self.size)
         shape = (self.frames or tokens.image_frames, self.size, self.size)
         tubes = (tokens.tubes[i] for i in tokens.active_tubes(self.frames is None))
         patches = sum(math.prod(t.grid(shape)) * 3 * math.prod(t.kernel) for t in tubes)
@@ -95,7 +95,8 @@ def mean_params(space: SearchSpace, num_classes: int, layout: Layout) -> float:
     def layer(e: float, h: float, f: float) -> float:
         inner = h * k
         linear = 4 * e * inner + len(layout.qkv_bias) * inner + 2 * e * f + f
-        return linear + 6 * e + gains + 2 * e * layout.layer_scale
+        vectors = 6 * e + gains + 2 * e * layout.layer_scale
+        return linear + vectors + layout.relative_position_params
 
     return expected(space, layer, rest)
 

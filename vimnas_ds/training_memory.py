@@ -94,7 +94,7 @@ class Activations:
     @property
     def rows(self) -> int:
         """Tokens of the batch, B N."""
-        return self.batch * self.layout.tokens.num_tokens(self.frames, self.size)
+        return self.batch * self.layout.num_tokens(self.frames, self.size)
 
     def pixels(self) -> int:
         """Numbers of the batch."""

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 Size3 = tuple[int, int, int]
+#: Patches along an image's side where positions are learned or relative; at this many a table of
+#: the distances of all pairs takes 134 MB.
+MAX_SIDE = 64
 
 
 @dataclass(frozen=True)

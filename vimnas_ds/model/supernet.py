@@ -5,7 +5,7 @@
     supernet.extract(arch)                     a stand-alone copy of one
 
 Images (B, 3, H, W) and clips (B, 3, T, H, W) share the trunk; every dataset has a linear head on
-the mean over tokens after the last norm.
+the mean over tokens, but for a class token, after the last norm.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vimnas_ds.layout import Axis, ParamLayout
 from vimnas_ds.model.alphas import Probabilities
-from vimnas_ds.model.block import Block, ModelOptions
+from vimnas_ds.model.block import Block
 from vimnas_ds.model.layers import EntangledLinear, EntangledNorm
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.model.tokens import Tokens
 from vimnas_ds.ops.gates import hidden_mass, leading_mass
@@ -59,11 +60,11 @@ class Supernet(nn.Module):
         self.space, self.geometry = space, geometry
         self.num_classes, self.options = dict(num_classes), options or ModelOptions()
         embed = Axis("embed", space.max_embed_dim)
-        self.tokens = Tokens(geometry, embed.size, self.position_dim)
+        self.tokens = Tokens(geometry, embed.size, self.position_dim, self.options)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             Block(space, i, self.options) for i in range(space.max_depth)
         )
-        self.norm = EntangledNorm(embed)
+        self.norm = EntangledNorm(embed, eps=self.options.norm_eps)
         self.heads = nn.ModuleDict(  # type: ignore[assignment]
             {
                 name: EntangledLinear(Axis("all", classes), embed, dataset=name)
@@ -100,7 +101,11 @@ class Supernet(nn.Module):
                 x = checkpoint(block, x, heads, hidden, rate, use_reentrant=False)
             else:
                 x = block(x, heads, hidden, rate)
-        return self.heads[dataset](self.norm(x).mean(1), self.num_classes[dataset])
+        return self.heads[dataset](self._pool(self.norm(x)), self.num_classes[dataset])
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, D), the mean over all but the class token."""
+        return (x[:, 1:] if self.options.class_token else x).mean(1)
 
     def superposed(self, x: Tensor, probabilities: Probabilities, dataset: str) -> Tensor:
         """Logits of the probability-weighted mixture of all sub-networks; no weight gradients.
@@ -159,7 +164,7 @@ class Supernet(nn.Module):
             mixed = part if mixed is None else mixed + part
         assert mixed is not None
         embed = leading_mass(p["embed_dim"], space.embed_dim, space.max_embed_dim)
-        pooled = self.norm.forward_frozen(mixed, embed).to(state.x.dtype).mean(1)
+        pooled = self._pool(self.norm.forward_frozen(mixed, embed).to(state.x.dtype))
         return self.heads[dataset].forward_frozen(pooled)
 
     @torch.no_grad()

@@ -69,11 +69,12 @@ def gated_norm(x: Tensor, mass: Tensor, weight: Tensor, bias: Tensor, eps: float
     return weighted_layer_norm(x, mass, weight, bias, eps)
 
 
-def gated_gelu(x: Tensor, mass: Tensor) -> Tensor:
-    """GELU (tanh form), gated: x (..., F), mass (F,) float32 -> (..., F) in x's dtype."""
-    if usable(x):
+def gated_gelu(x: Tensor, mass: Tensor, erf: bool = False) -> Tensor:
+    """GELU, gated: x (..., F), mass (F,) float32 -> (..., F) in x's dtype. In its tanh form, or,
+    without a compiled operator, in its `erf` form."""
+    if usable(x) and not erf:
         return torch.ops.vimnas_ds.gated_gelu(x, mass)
-    return (F.gelu(x, approximate="tanh") * mass).to(x.dtype)
+    return (F.gelu(x, approximate="none" if erf else "tanh") * mass).to(x.dtype)
 
 
 def head_gate(x: Tensor, mass: Tensor) -> Tensor:

@@ -31,11 +31,12 @@ import torch
 from torch import Tensor
 
 from vimnas_ds.config import ConfigError, RunConfig
-from vimnas_ds.model.block import ModelOptions
 from vimnas_ds.model.subnet import SubNetwork
 from vimnas_ds.processes import processor_name
 from vimnas_ds.search.run import SearchRun
 from vimnas_ds.space import Arch, SearchSpace
+from vimnas_ds.train.dry_run import model_layout
+from vimnas_ds.train.engine import model_options
 from vimnas_ds.train.ranks import gather_objects
 from vimnas_ds.train.run_files import network_of
 
@@ -149,7 +150,7 @@ def measure(
     frames = () if data.frames is None else (data.frames,)
     shape = (batch, 3, *frames, data.size, data.size)
     x = torch.randn(shape, device=device, dtype=dtype)
-    options = ModelOptions(section.model.qk_norm, section.model.layer_scale)
+    options, layout = model_options(config), model_layout(config)
 
     def build(arch: Arch) -> SubNetwork:
         net = SubNetwork(
@@ -162,7 +163,7 @@ def measure(
         )
         return net.to(device, dtype).eval()
 
-    num_tokens = section.tokens.geometry().num_tokens(data.frames, data.size)
+    num_tokens = layout.num_tokens(data.frames, data.size)
     runs: dict[str, Callable[[], Tensor]] = {}
     for e in space.embed_dim:
         tokens = torch.randn(batch, num_tokens, e, device=device, dtype=dtype)

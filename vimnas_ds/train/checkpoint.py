@@ -172,7 +172,13 @@ def load_checkpoint(path: Path, engine: Engine, ranks: Ranks) -> dict[str, Any]:
     Saved by any number of ranks. Raises CheckpointError when it does not fit.
     """
     try:
-        saved_by = int(read_manifest(path).about["world_size"])
+        manifest = read_manifest(path)
+        if STATE_FILE not in manifest.files:
+            raise CheckpointError(
+                f"{path} was imported: it holds weights and no training to go on with; --inherit "
+                "starts from them, in another vimnas.output_dir"
+            )
+        saved_by = int(manifest.about["world_size"])
         state: dict[str, Any] = read_state(path / STATE_FILE)
         engine.set_weights(load_file(str(path / WEIGHTS_FILE)))
         files = fragment_files(path, ranks.rank, ranks.world_size, saved_by)

@@ -36,28 +36,24 @@ def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path |
     """
     if resume is not None and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
-    hold_folder(files)  # first: whoever wrote it may have saved until it ended
+    anew = resume is None and not overwrite
+    given = None if resume in (None, "latest", "auto") else _given(Path(str(resume)))
+    if anew:
+        _refuse_another(files)  # what is there already is neither waited for nor touched
+    hold_folder(files)  # whoever wrote it may have saved until it ended
     restore_replaced(files.checkpoints)
-    own = newest_first(files.checkpoints)
+    if anew:
+        _refuse_another(files)
     if resume is None:
-        if not overwrite:
-            _refuse_another(files)
         return None
-    if resume not in ("latest", "auto"):
-        found = find_checkpoint(Path(resume))
-        if checkpoint_step(found.name) is None:
-            raise ConfigError(
-                f"{found} has not the name of a checkpoint, which is step and eight digits: give "
-                "the folder back the name of its step to resume from it"
-            )
-        if own and not files.holds(found):
-            raise ConfigError(
-                f"{files.root} holds a run of its own and cannot continue {found}: "
-                "--set vimnas.output_dir=... goes elsewhere"
-            )
-        return found
-    if own:
-        return find_checkpoint(files.root)
+    own = newest_first(files.checkpoints)
+    if given is not None and own and not files.holds(given):
+        raise ConfigError(
+            f"{files.root} holds a run of its own and cannot continue {given}: "
+            "--set vimnas.output_dir=... goes elsewhere"
+        )
+    if given is not None or own:
+        return given or find_checkpoint(files.root)
     if files.config.is_file():
         return _begin_again(files)
     if resume == "latest":
@@ -66,6 +62,17 @@ def choose_start(files: RunFiles, resume: str | None, overwrite: bool) -> Path |
             "--resume auto, which resumes what is there and else begins"
         )
     return None
+
+
+def _given(path: Path) -> Path:
+    """The checkpoint that `path` means. Raises ConfigError."""
+    found = find_checkpoint(path)
+    if checkpoint_step(found.name) is None:
+        raise ConfigError(
+            f"{found} has not the name of a checkpoint, which is step and eight digits: give "
+            "the folder back the name of its step to resume from it"
+        )
+    return found
 
 
 def _begin_again(files: RunFiles) -> Path | None:

@@ -17,11 +17,17 @@ from vimnas_ds.train.schedule import Schedule
 def model_layout(config: RunConfig) -> Layout:
     """The configured model as the cost formulas see it."""
     section = config.vimnas
+    model, head_dim = section.model, section.search_space.head_dim
+    places = (section.side or 0) ** 2 + model.class_token
+    reach = model.relative_positions
     return Layout(
         section.tokens.geometry(),
-        section.search_space.head_dim,
-        qk_norm=section.model.qk_norm,
-        layer_scale=section.model.layer_scale is not None,
+        head_dim,
+        qk_norm=model.qk_norm,
+        layer_scale=model.layer_scale is not None,
+        class_token=model.class_token,
+        learned_positions=places if model.positions == "learned" else 0,
+        relative_position_params=0 if reach is None else 4 * (2 * reach + 2) * head_dim,
     )
 
 
@@ -45,7 +51,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
 
 def _space(config: RunConfig) -> str:
     section = config.vimnas
-    space, geometry = section.search_space, section.tokens.geometry()
+    space, layout = section.search_space, model_layout(config)
     rows = []
     for name, data in section.data.datasets.items():
         (small, small_flops), (large, large_flops) = (
@@ -53,7 +59,7 @@ def _space(config: RunConfig) -> str:
         )
         shape = f"{data.frames or 1} x {data.size} x {data.size}"
         costs = [f"{small:,}", f"{small_flops:.3f}", f"{large:,}", f"{large_flops:.3f}"]
-        rows.append([name, shape, str(geometry.num_tokens(data.frames, data.size)), *costs])
+        rows.append([name, shape, str(layout.num_tokens(data.frames, data.size)), *costs])
     head = ["dataset", "input", "tokens", "params min", "GFLOPs min", "params max", "GFLOPs max"]
     title = f"space {space.name}: {space.size():,} sub-networks ({space.size():.2e})"
     return f"{title}\n{format_table(head, rows)}"

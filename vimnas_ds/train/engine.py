@@ -12,7 +12,7 @@ import torch
 
 from vimnas_ds.config import RunConfig
 from vimnas_ds.layout import ParamGrids
-from vimnas_ds.model.block import ModelOptions
+from vimnas_ds.model.options import ModelOptions
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.seeds import derive_seed
 from vimnas_ds.train.optimizer import SampledAdamW
@@ -20,15 +20,27 @@ from vimnas_ds.train.ranks import Ranks
 from vimnas_ds.train.warm_start import inherit, warm_start
 
 
+def model_options(config: RunConfig) -> ModelOptions:
+    """The configured network's switches."""
+    model = config.vimnas.model
+    return ModelOptions(
+        qk_norm=model.qk_norm,
+        layer_scale=model.layer_scale,
+        drop_path=model.drop_path,
+        activation_checkpointing=model.activation_checkpointing,
+        gelu=model.gelu,
+        norm_eps=model.norm_eps,
+        class_token=model.class_token,
+        positions=model.positions,
+        relative_positions=model.relative_positions,
+        packed_qkv_bias=model.packed_qkv_bias,
+        side=config.vimnas.side,
+    )
+
+
 def build_supernet(config: RunConfig) -> Supernet:
     """The configured supernet in float32 on the CPU; its weights depend on the seed alone."""
     section = config.vimnas
-    options = ModelOptions(
-        qk_norm=section.model.qk_norm,
-        layer_scale=section.model.layer_scale,
-        drop_path=section.model.drop_path,
-        activation_checkpointing=section.model.activation_checkpointing,
-    )
     classes = {name: data.num_classes for name, data in section.data.datasets.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("weights", section.seed) % 2**63)
@@ -36,7 +48,7 @@ def build_supernet(config: RunConfig) -> Supernet:
             section.search_space,
             section.tokens.geometry(),
             classes,
-            options,
+            model_options(config),
             section.position_dim,
         )
 

@@ -18,6 +18,7 @@ _NO_RECIPE = {
     *("root", "shards", "layout", "annotations", "test_annotations", "videos", "synsets"),
     *("train_split", "test_split", "reference_files", "reference_test_files"),
     *("test_clips", "test_crops", "kind", "num_classes", "size", "frames", "directional_labels"),
+    "export_interpolation",
     "base_lr",  # of it comes the peak learning rate, which is here
 }
 

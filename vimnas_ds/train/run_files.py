@@ -148,6 +148,11 @@ def read_run_config(checkpoint: Path, overrides: list[str] | None = None) -> Run
     return load_config(checkpoint.parent.parent / "config.json", overrides)
 
 
+_SHAPING = (
+    "gelu", "norm_eps", "class_token", "positions", "relative_positions", "packed_qkv_bias",
+)  # fmt: skip
+
+
 def network_of(config: RunConfig) -> dict[str, Any]:
     """What decides the shapes and the meaning of a run's weights, by key."""
     section = config.vimnas
@@ -157,6 +162,8 @@ def network_of(config: RunConfig) -> dict[str, Any]:
         "vimnas.tokens": section.tokens.geometry(),
         "vimnas.model.qk_norm": section.model.qk_norm,
         "vimnas.model.layer_scale": section.model.layer_scale is not None,
+        **{f"vimnas.model.{key}": getattr(section.model, key) for key in _SHAPING},
+        "patches along an image's side": section.side,
         "num_classes": {n: d.num_classes for n, d in section.data.datasets.items()},
     }
 

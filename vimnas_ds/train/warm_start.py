@@ -133,7 +133,8 @@ def inherit(net: Supernet, source: Path, config: RunConfig) -> list[str]:
         if name not in state:
             kept.append(name)
             continue
-        groups = layouts[name].shape[0] if name.split(".")[-2] == "qkv" else 1
+        shape = layouts[name].shape
+        groups = shape[0] if len(shape) > own.ndim else 1  # q, k and v, stacked
         given = state[name].float().view(groups, -1, *state[name].shape[1:])
         target = own.view(groups, -1, *own.shape[1:])
         target.copy_(given[tuple(slice(0, n) for n in target.shape)])
