@@ -3,7 +3,7 @@
     python scripts/make_docs.py            # writes the page; under a second
     python scripts/make_docs.py --check    # exit code 1 if the committed page differs
 
-Types, defaults, bounds and descriptions are those of `vimnas_ds/config.py`; what keys must hold
+Types, defaults, bounds and descriptions are those of `vimnas_ds/config/`; what keys must hold
 together is shown by breaking it on `ds_configs/demo.json` and quoting the refusal. A key without a
 description, or an example that is not refused, is an error.
 """
@@ -16,15 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vimnas_ds.config import (
-    DEEPSPEED_KEYS,
-    REFUSED_KEYS,
-    ZERO_KEYS,
-    ZERO_KEYS_REFUSED,
-    ConfigError,
-    VimnasSection,
-    load_config,
-)
+from vimnas_ds.config import ConfigError, VimnasSection, load_config
+from vimnas_ds.config.deepspeed import DEEPSPEED_KEYS, REFUSED_KEYS, ZERO_KEYS, ZERO_KEYS_REFUSED
 
 Row = tuple[str, ...]
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +27,7 @@ DEMO = ROOT / "ds_configs" / "demo.json"
 HEAD = """\
 # Configuration
 
-This page is written by `python scripts/make_docs.py` from `vimnas_ds/config.py`; a test compares
+This page is written by `python scripts/make_docs.py` from `vimnas_ds/config/`; a test compares
 them.
 
 One JSON file holds DeepSpeed's keys, an `"about"` text and one `"vimnas"` section. Unknown keys are
@@ -200,7 +193,9 @@ def refusals() -> list[Row]:
 def build() -> str:
     """The page. Raises ValueError where what is written here does not fit the schema."""
     if set(DEEPSPEED) != DEEPSPEED_KEYS or set(ZERO) != ZERO_KEYS:
-        raise ValueError("DEEPSPEED and ZERO must describe exactly the keys that config.py accepts")
+        raise ValueError(
+            "DEEPSPEED and ZERO must describe exactly the keys that config/deepspeed.py accepts"
+        )
     schema, parts = Schema(), [HEAD]
     for path, section in schema.sections:
         parts += [f"## {path}\n", " ".join(section["description"].split()) + "\n"]
