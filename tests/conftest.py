@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,15 @@ def randomise(net: torch.nn.Module, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Scripts that run in this process give torch all cores: no later test is to have them, for on
+    a busy machine threads that wait for one another take ten times as long as one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
