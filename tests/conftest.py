@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,12 +30,10 @@ def randomise(net: torch.nn.Module, seed: int = 1) -> None:
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Scripts that run in this process give torch all cores: no later test is to have them, for on
-    a busy machine threads that wait for one another take ten times as long as one."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def one_thread() -> None:
+    """Scripts that run in this process give torch all cores, and what is tested is small: on a busy
+    machine threads that wait for one another take a hundred times as long as one."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
