@@ -229,6 +229,8 @@ from vimnas_ds.config import FaultsSection
 from vimnas_ds.train import watch as module
 
 module.MEETING = 1.0 if "alone" in sys.argv else 600.0
+if "nohup" in sys.argv:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 watch = module.Watch()
 watch.start()
 if "alone" in sys.argv:  # the others never come, or there are none
@@ -237,6 +239,9 @@ if "alone" in sys.argv:  # the others never come, or there are none
 if "begun" in sys.argv:
     watch.begin(lambda text, code: print(code, text, flush=True))
 watch.limits = FaultsSection(grace_seconds=1.0 if "late" in sys.argv else 60.0)
+if "hangup" in sys.argv:
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(1.5)
 os.kill(os.getpid(), signal.SIGTERM)
 if "twice" in sys.argv:
     os.kill(os.getpid(), signal.SIGTERM)  # passed on by a launcher: the same request
@@ -251,6 +256,8 @@ def test_what_is_waited_for_in_vain_ends_in_time_and_says_so() -> None:
         "alone": "rank 0 has waited 1 s for the ranks to meet: one of 2 did not start, or cannot "
         "reach 127.0.0.1, port 1; see what each machine printed\n",
         "early": "rank 0 stops before the run has begun: rank 0 received SIGTERM\n",
+        "hangup": "rank 0 stops before the run has begun: rank 0 received SIGHUP\n",
+        "nohup hangup": "rank 0 stops before the run has begun: rank 0 received SIGTERM\n",
         "begun twice": "rank 0 received SIGTERM: saving and stopping\n"
         "rank 0 received SIGINT again: ends at once\n",
         "begun late": "rank 0 received SIGTERM: saving and stopping\n"

@@ -492,6 +492,7 @@ class Trainer:
             self.console.say(
                 f"saved {path.name}: {size:,.1f} MB in {self._saved_at - started:.1f} s"
             )
+            self.status.write(done, "under way")
         return path
 
     @property

@@ -36,7 +36,7 @@ class Status:
 
     state      running, done, failed, stopped, preempted; "running" whose process is not there any
                more: killed
-    step       steps done
+    step       steps done; while running, those of the latest checkpoint
     reason     in words
     exit_code  null while running
     resume     the command that continues the run

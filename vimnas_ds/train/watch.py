@@ -5,8 +5,9 @@ thread cannot be asked any more, ends the process itself: a collective that hang
 interrupted from Python, so the end is always `os._exit`, after the reason was said on stderr, in
 the log and in status.json.
 
-    SIGTERM, SIGINT, a launcher that is gone -> stop, agreed by all ranks before the next step;
-        not saved within vimnas.faults.grace_seconds: the end
+    SIGTERM, SIGINT, SIGHUP (a terminal that is closed; not under nohup), a launcher that is gone
+        -> stop, agreed by all ranks before the next step; not saved within
+        vimnas.faults.grace_seconds: the end
     a second signal                          -> the end
     a rank that died, fell silent, is stuck, or failed and said why -> the end, everywhere
 
@@ -81,6 +82,7 @@ class Watch:
         self._zero: tuple[Beat, float] | None = None  # what rank 0 did, and when it said so
         self._first_signal: float | None = None
         self._posted = False  # a verdict of this rank's own
+        self._heeded = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
         self._signals: int | None = None  # where the numbers of signals are read; None: not started
         self._ending = threading.Lock()
         self._telling = threading.Lock()  # beats are sent in the order in which they are made
@@ -112,7 +114,9 @@ class Watch:
         os.set_blocking(told, False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+            self._heeded -= {signal.SIGHUP}
+        for number in self._heeded:
             signal.signal(number, lambda *_: None)  # the thread reads the pipe
         args = (self._signals,)
         threading.Thread(target=self._run, args=args, name="watch", daemon=True).start()
@@ -148,7 +152,7 @@ class Watch:
         """This rank needs no other any more, and is needed by none: from now on whatever takes
         long is cut off, and signals are ignored (launchers pass them on to one after another)."""
         if self._signals is not None:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in self._heeded:
                 signal.signal(number, signal.SIG_IGN)
         self._leaving = (code, self._clock.now())
         self._send_beat()
@@ -214,7 +218,7 @@ class Watch:
             ready = wait([signals, *([line.connection] if line else [])], BEAT / 2)
             if signals in ready:
                 for number in os.read(signals, 64):
-                    if number in (signal.SIGTERM, signal.SIGINT):
+                    if number in self._heeded:
                         self._signalled(signal.Signals(number))
             if line and line.connection in ready:
                 self._hear(line.receive())
