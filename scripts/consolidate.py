@@ -1,6 +1,6 @@
 """A checkpoint's whole state as plain safetensors, put together from what its ranks wrote.
 
-    python scripts/consolidate.py runs/vitl --out vitl_state
+    python scripts/consolidate.py runs/vitl --out runs/vitl_state
 
 Writes OUT/supernet.safetensors (float32 weights), OUT/optimizer.safetensors (STATE/PARAMETER, each
 shaped like its parameter: exp_avg, exp_avg_sq, with an EMA ema), OUT/counts.safetensors (updates of

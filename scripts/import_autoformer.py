@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, OSError, UnicodeDecodeError) as err:
         print(f"cannot import: {err}", file=sys.stderr)
         return 2
-    print(f"written to {args.out}; next: scripts/export.py --checkpoint {args.out} --arch largest")
+    print(f"written to {args.out}")
+    print(f"next: python scripts/export.py --checkpoint {args.out} --arch largest")
     return 0
 
 

@@ -66,7 +66,9 @@ def test_only_a_pick_better_than_all_of_twenty_beats_them():
     assert best[MEAN].top1 == pytest.approx(0.25 * 0.5 + 0.75 * 0.52)
     assert best["imagenet"].p == 1.0  # all alike: ties count against the pick
     assert str(best[MEAN]).startswith(f"mine beats random sub-networks of its size on {MEAN}: ")
-    assert str(best["k400"]).startswith("mine on k400: +1.1 points of the mean of 20 random ones (")
+    assert str(best["k400"]).startswith(
+        "mine on k400: +1.1 points against the mean of 20 random ones ("
+    )
     (alone,) = judge(entries, table, {"k400": 1.0}, "test")  # one dataset: once, with the claim
     assert (alone.dataset, alone.beats) == ("k400", True)
     for verdict in judge(entries, table, WEIGHTS, "select"):

@@ -83,7 +83,7 @@ LEFT = (
     "exports/largest/onnx/k400.onnx",
     "seen.png",
     "runs/demo/report.html",
-    "vitl_state/supernet.safetensors",
+    "runs/vitl_state/supernet.safetensors",
 )
 #: One process for all quick commands: most of a command's time is imports.
 RUNNER = """

@@ -522,9 +522,9 @@ def test_scores_tell_of_how_many_views_they_are_and_bold_is_a_single_network(
     one = "One centre view of a sample, read at the end of the training"
     assert f"{one} (those of Controls and Evaluation: as many as written there). Bold" in scores
     assert "<th>loss</th>" in scores
-    views = "The mean of a sample&#x27;s views: 1 of imagenet, 12 of k400."
+    views = "Views of a sample, averaged: 1 for imagenet, 12 for k400."
     assert views in part(text, "controls")
-    assert "the mean of a sample&#x27;s views: 12 of k400 (clips" in part(text, "evaluation")
+    assert "views of a sample, averaged: 12 for k400 (clips" in part(text, "evaluation")
 
     root = search(tmp_path / "run")
     summary = json.loads((root / "summary.json").read_text())
@@ -544,6 +544,25 @@ def test_scores_tell_of_how_many_views_they_are_and_bold_is_a_single_network(
     assert "The file does not tell of how many views." in part(make(root), "controls")
     bold = re.findall(r'data-cell="([^"]*)" class="best"', scores)
     assert bold == ["test:imagenet:largest:top1", "test:k400:largest:top1"]
+
+
+def test_a_comparison_of_an_earlier_pick_says_so_and_an_imported_run_has_no_training(
+    searched: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert 'data-cell="stale"' not in searched[1].read_text()
+    root = search(tmp_path / "run")
+    file = root / "perturbation" / "result.json"
+    found = json.loads(file.read_text())
+    write(file, {**found, "arch": json.loads(OTHER.to_json())})
+    controls = part(make(root), "controls")
+    assert "Here perturbation is an earlier pick than the one drawn above." in controls
+    assert f"python scripts/compare.py --checkpoint {root}" in controls
+    begun = begin(tmp_path / "imported")
+    for name in ("status.json", "train.log", "environment.json"):
+        (begun / name).unlink(missing_ok=True)
+    text = make(begun)
+    assert "weights from elsewhere" in text
+    assert "scripts/evaluate.py scores" in part(text, "test-scores")
 
 
 def test_every_control_has_a_mark_of_its_own_and_the_legend_names_it(

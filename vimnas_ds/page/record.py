@@ -21,6 +21,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.page.choice import Choice, choose, unfit
+from vimnas_ds.space import Arch
 from vimnas_ds.train.run_files import RunFiles
 
 #: of a curve, at most; longer ones are averaged in equal parts
@@ -102,6 +103,22 @@ class Record:
     def choice(self) -> Choice | None:
         """The pick that the page is about."""
         return choose(self.picks)
+
+    @property
+    def earlier_picks(self) -> list[str]:
+        """Searches that have picked another sub-network since the comparison was made."""
+        entries = (self.comparison or {}).get("entries", [])
+        compared = {e["name"]: e["arch"] for e in entries if e["role"] == "pick"}
+        return [
+            name
+            for name, pick in self.picks.items()
+            if name in compared and Arch.from_json(compared[name]) != Arch.from_json(pick["arch"])
+        ]
+
+    @property
+    def is_imported(self) -> bool:
+        """Weights without a training of their own (scripts/import_autoformer.py)."""
+        return self.status is None and not self.log and self.environment is None
 
     def by_tag(self, prefix: str) -> dict[str, Curve]:
         """Curves whose tag begins so, by the rest of it."""

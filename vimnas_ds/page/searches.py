@@ -147,7 +147,8 @@ def controls(record: Record) -> str:
         return ""
     entries = found["entries"]
     picks = [e["name"] for e in entries if e["role"] == "pick"]
-    body = items([str(_verdict(v)) for v in found["verdicts"] if v["beats"] is not None])
+    body = stale(record)
+    body += items([str(_verdict(v)) for v in found["verdicts"] if v["beats"] is not None])
     datasets = list(found["weights"])
     others = [e["name"] for e in entries if e["role"] == "control"]
     shapes = {n: CONTROLS[i % len(CONTROLS)] for i, n in enumerate(others)}
@@ -170,12 +171,24 @@ def controls(record: Record) -> str:
     )
     views = "The file does not tell of how many views."
     if "views" in found:
-        views = f"The mean of a sample's views: {_listed(found['views'])}."
+        views = f"Views of a sample, averaged: {_listed(found['views'])}."
     return section("Controls", body + table(head, rows), f"{lead} {views}")
 
 
+def stale(record: Record) -> str:
+    """A word where the comparison was made before a search picked anew."""
+    if not record.earlier_picks:
+        return ""
+    names = " and ".join(record.earlier_picks)
+    command = f"python scripts/compare.py --checkpoint {shlex.quote(str(record.files.root))}"
+    return (
+        f'<p data-cell="stale"><b>Here {escape(names)} is an earlier pick than the one drawn '
+        f"above.</b> To compare the present one: <code>{escape(command)}</code></p>"
+    )
+
+
 def _listed(views: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} of {name}" for name, count in views.items())
+    return ", ".join(f"{count} for {name}" for name, count in views.items())
 
 
 def _dots(
@@ -256,7 +269,7 @@ def evaluation(record: Record) -> str:
     body += items(left) if left else ""
     views = {n: d["clips"] * d["crops"] for n, d in found["datasets"].items()}
     lead = (
-        f"On {found['split']}, the mean of a sample's views: {_listed(views)} "
+        f"On {found['split']}; views of a sample, averaged: {_listed(views)} "
         f"(clips placed {found['placement']})."
     )
     return section("Evaluation", body, lead)

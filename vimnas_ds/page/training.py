@@ -71,6 +71,8 @@ def _state_tile(record: Record) -> tuple[str, str]:
     if record.summary is not None:
         _, total = record.progress or (0, 0)
         return f"training finished, {total:,} steps", "finished"
+    if record.is_imported:
+        return "weights from elsewhere, no training of them is here", "imported"
     if record.progress is None:
         return "begun, no step logged yet", "begun"
     done, total = record.progress
@@ -188,6 +190,8 @@ def test_scores(record: Record) -> str:
     """summary.json as one table."""
     if record.summary is None:
         note = "The run has not finished: the test splits are read once, at its end."
+        if record.is_imported:
+            note = "No training is here: scripts/evaluate.py scores sub-networks on test splits."
         return section("Test scores", f"<p>{note}</p>")
     datasets = record.summary.get("datasets", {})
     if not datasets:
@@ -228,6 +232,8 @@ def test_scores(record: Record) -> str:
     others = {"Controls": record.comparison, "Evaluation": record.evaluation}
     if not at_end:
         how = "Taken over from Controls, which says of how many views of a sample"
+        if record.earlier_picks:
+            how += f" and that {' and '.join(record.earlier_picks)} is an earlier pick"
     elif told := [name for name, found in others.items() if found]:
         how += f" (those of {' and '.join(told)}: as many as written there)"
     lead = (

@@ -165,7 +165,7 @@ def _paper(plan: Plan) -> str:
         )
     assumed, whole = plan.where.efficiency, plan.flops(checkpointing)
     told = "reproduced" if needed <= assumed else "NOT reproduced"
-    verdict = "no efficiency reaches them" if needed > 1 else f"they need {needed:.0%} of peak"
+    verdict = f"{'no GPU gives' if needed > 1 else 'they need'} the {needed:.0%} of peak"
     variants = ", ".join(
         f"{needed * plan.flops(c, alphas) / whole:.0%} {'with' if c else 'without'} checkpointing "
         f"{'and with' if alphas else 'and without'} alpha steps"
@@ -174,8 +174,9 @@ def _paper(plan: Plan) -> str:
     )
     return (
         f"paper: {days:g} day(s) on {machine}, searching and training. {told} under these "
-        f"assumptions: at {assumed:.0%} of peak it takes {days * needed / assumed:.1f} days there, "
-        f"and as configured {verdict}.\nShare of peak that {days:g} day(s) need there: {variants}"
+        f"assumptions: on those {PAPER_GPUS} GPUs, at {assumed:.0%} of peak, this configuration "
+        f"takes {days * needed / assumed:.1f} days; {verdict} that {days:g} would take.\n"
+        f"Share of peak that {days:g} day(s) need there: {variants}"
     )
 
 

@@ -83,8 +83,8 @@ class Verdict:
     def __str__(self) -> str:
         gap = 100 * (self.top1 - self.random_mean)
         what = (
-            f"{gap:+.1f} points of the mean of {self.k} random ones ({self.size_gap}), percentile "
-            f"{self.percentile:.0f}, p = {self.p:.3f}"
+            f"{gap:+.1f} points against the mean of {self.k} random ones ({self.size_gap}), "
+            f"percentile {self.percentile:.0f}, p = {self.p:.3f}"
         )
         if not self.held_out:
             what += "; chosen on these samples: this says nothing"
