@@ -223,7 +223,7 @@ def here(command: str, reader: Path, folder: Path) -> tuple[list[str], str, list
         added += roots(folder) if "--resume" in arguments or "--hostfile" in launcher else []
         added += ["--set", "vimnas.output_dir=runs/hosts"] if "--hostfile" in launcher else []
     if name in ("consolidate", "report"):
-        places["runs/vitl"] = "runs/demo"
+        places |= {"runs/vitl": "runs/demo", "runs/vitl_state": "runs/vitl_state"}
     if name == "ranking" and "--from" in arguments:
         added += ["--out", "runs/demo/ranking_inherited"]
     return launcher, name, [replace_all(word, places) for word in arguments] + added
