@@ -141,6 +141,7 @@ VALUES: list[tuple[Any, ...]] = [
     ("vimnas.model.class_token", 1, "must be true or false"),
     ("vimnas.model.positions", "sincos", "'fixed' or 'learned'"),
     ("vimnas.model.relative_positions", 0, "greater than or equal to 1"),
+    ("vimnas.model.relative_positions", 65, "less than or equal to 64"),
     ("vimnas.model.relative_positions", True, "must be a whole number"),
     ("vimnas.model.packed_qkv_bias", "yes", "must be true or false"),
     (f"{IMAGE}.export_interpolation", "nearest", "'bilinear' or 'bicubic'"),

@@ -45,6 +45,11 @@ def test_a_run_from_another_runs_checkpoint_has_one_of_its_own_at_once(cases, ro
     assert all((a[name] == b[name]).all() for name in a)
 
 
+def test_the_status_of_a_killed_run_tells_the_step_of_its_latest_checkpoint(cases):
+    """Killed before steps 6 and 10, with a checkpoint every four."""
+    assert cases["guard"]["found"][:2] == [["running", 4], ["running", 8]]
+
+
 def test_what_a_run_goes_on_with_that_it_had_not_before_is_told_by_key(cases):
     log = cases["changed"]["log"]
     told = re.findall(r"  changed: (\S+) was (\S+), now (\S+)", log)

@@ -120,6 +120,7 @@ def changed() -> None:
 def without_guard() -> None:
     """On, with a lowered rate, to step 5; off to step 9; on again."""
     rates: dict[int, float] = {}
+    found: list[tuple[str, int]] = []
     end = 0
 
     def before(trainer: Trainer, context: StepContext, lr: float) -> None:
@@ -132,7 +133,10 @@ def without_guard() -> None:
     for resume, on, last in ((None, "true", 5), ("latest", "false", 9), ("latest", "true", 99)):
         end = last
         train("guard", resume, f"guard.enabled={on}", before=before)
-    report("guard", rates=rates, log=(root / "guard" / "train.log").read_text())
+        status = json.loads((root / "guard" / "status.json").read_text())
+        found.append((status["state"], status["step"]))
+    log = (root / "guard" / "train.log").read_text()
+    report("guard", rates=rates, log=log, found=found)
 
 
 def given_up() -> None:

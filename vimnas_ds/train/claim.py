@@ -1,7 +1,8 @@
 """When a process may write a run's folder, and which checkpoint it goes on from.
 
-One process at a time holds the folder, by a lock that ends with the process. What is looked at
-before a run begins, or goes on, is looked at under that lock.
+One process at a time holds the folder, by a lock that ends with the process. What decides whether a
+run begins or goes on is looked at under that lock; what would be refused in any case is refused
+before, so that nothing is waited for or touched.
 """
 
 from __future__ import annotations
