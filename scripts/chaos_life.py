@@ -15,7 +15,7 @@ from chaos_train import FOLDER, STARTING, Appointment
 from run_processes import find_processes, kill
 from small_run import launch
 
-from vimnas_ds.train.checkpoint_names import checkpoint_step, newest_first
+from vimnas_ds.checkpoint_names import checkpoint_step, newest_first
 
 ANYWHERE = "anywhere"  #: a moment: struck from here, at any time
 PATIENCE = 40.0  #: s that ranks get to end by themselves once launcher or runner is gone

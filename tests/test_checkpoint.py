@@ -21,13 +21,13 @@ from tests.conftest import ROOT
 from tests.launch import launch, run_main
 from tests.small import small_config
 from vimnas_ds import durable
+from vimnas_ds.checkpoint_names import BEST, LATEST, newest_first
 from vimnas_ds.config import ConfigError, parse_config
 from vimnas_ds.durable import publish_folder
 from vimnas_ds.manifest import MANIFEST, FileEntry, read_manifest, write_manifest
 from vimnas_ds.train import claim
 from vimnas_ds.train.best import Best
 from vimnas_ds.train.checkpoint import finish_save, go_back, prune
-from vimnas_ds.train.checkpoint_names import BEST, LATEST, newest_first
 from vimnas_ds.train.claim import choose_start, claim_folder, hold_folder
 from vimnas_ds.train.ranks import ALONE
 from vimnas_ds.train.run_files import (

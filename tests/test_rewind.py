@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.test_checkpoint import fake
+from vimnas_ds.checkpoint_names import newest_first
 from vimnas_ds.config import GuardSection
 from vimnas_ds.manifest import MANIFEST
-from vimnas_ds.train.checkpoint_names import newest_first
 from vimnas_ds.train.guard import Event, NotSound, Rewinds
 from vimnas_ds.train.ranks import ALONE
 from vimnas_ds.train.recovery import rewind

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-from vimnas_ds.train.checkpoint_names import BEST, LATEST, checkpoints_in, named
+from vimnas_ds.checkpoint_names import BEST, LATEST, checkpoints_in, named
 
 #: tags whose values measure time; their steps are compared all the same
 TIMED_TAGS = frozenset({"train/samples_per_s", "train/data_time_ms"})

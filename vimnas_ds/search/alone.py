@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vimnas_ds.checkpoint_names import LATEST
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.space import Arch
-from vimnas_ds.train.checkpoint_names import LATEST
 from vimnas_ds.train.ranks import free_port, has_gpu
 from vimnas_ds.train.run_files import RunFiles, config_object, find_checkpoint
 from vimnas_ds.train.schedule import Schedule

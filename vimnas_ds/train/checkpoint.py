@@ -24,6 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vimnas_ds.checkpoint_names import (
+    BEST,
+    LATEST,
+    checkpoint_name,
+    checkpoints_in,
+    named,
+    newest_first,
+)
 from vimnas_ds.durable import (
     FRESH,
     discard,
@@ -36,14 +44,6 @@ from vimnas_ds.durable import (
 from vimnas_ds.manifest import Damaged, FileEntry, read_manifest, write_manifest
 from vimnas_ds.seeds import derive_seed
 from vimnas_ds.tensor_file import save_tensors
-from vimnas_ds.train.checkpoint_names import (
-    BEST,
-    LATEST,
-    checkpoint_name,
-    checkpoints_in,
-    named,
-    newest_first,
-)
 from vimnas_ds.train.engine import Engine
 from vimnas_ds.train.fragments import (
     elementwise,

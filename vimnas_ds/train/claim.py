@@ -16,9 +16,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vimnas_ds.checkpoint_names import checkpoint_step, newest_first
 from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.durable import restore_replaced, write_text
-from vimnas_ds.train.checkpoint_names import checkpoint_step, newest_first
 from vimnas_ds.train.circumstances import environment
 from vimnas_ds.train.ranks import Ranks, gather_objects, run_together
 from vimnas_ds.train.run_files import RunFiles, config_object, find_checkpoint

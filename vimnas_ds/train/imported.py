@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from vimnas_ds.checkpoint_names import LATEST, checkpoint_name, newest_first
 from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.durable import publish_folder, write_text
 from vimnas_ds.manifest import FileEntry, write_manifest
 from vimnas_ds.model.alphas import Alphas
 from vimnas_ds.model.supernet import Supernet
 from vimnas_ds.tensor_file import save_tensors
-from vimnas_ds.train.checkpoint_names import LATEST, checkpoint_name, newest_first
 from vimnas_ds.train.run_files import (
     ALPHAS_FILE,
     POSITION_FILE,

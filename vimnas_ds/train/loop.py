@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vimnas_ds.checkpoint_names import checkpoint_name
 from vimnas_ds.config import ConfigError, RunConfig
 from vimnas_ds.data.capacity import Capacity
 from vimnas_ds.data.joint import JointData, Loaders
@@ -34,7 +35,6 @@ from vimnas_ds.train.checkpoint import (
     save_checkpoint,
     seed_generators,
 )
-from vimnas_ds.train.checkpoint_names import checkpoint_name
 from vimnas_ds.train.circumstances import main_settings
 from vimnas_ds.train.claim import claim_folder
 from vimnas_ds.train.engine import build_engine, build_supernet, start_weights

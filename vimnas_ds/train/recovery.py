@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from vimnas_ds.checkpoint_names import checkpoint_name
 from vimnas_ds.config import ConfigError, VimnasSection
 from vimnas_ds.data.joint import JointData
 from vimnas_ds.report.board import Board
 from vimnas_ds.train.checkpoint import go_back
-from vimnas_ds.train.checkpoint_names import checkpoint_name
 from vimnas_ds.train.guard import Event, Guard, NotSound, Rewinds, Seen, chance_of
 from vimnas_ds.train.ranks import (
     CannotStart,

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vimnas_ds.checkpoint_names import BEST, LATEST, named, newest_first
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.manifest import Damaged, verify
-from vimnas_ds.train.checkpoint_names import BEST, LATEST, named, newest_first
 
 log = logging.getLogger(__name__)
 
