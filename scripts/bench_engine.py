@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 from vimnas_ds.config import RunConfig, parse_config
 from vimnas_ds.layout import Activation
+from vimnas_ds.processes import end_process
 from vimnas_ds.train.engine import build_engine
 from vimnas_ds.train.ranks import start_ranks
 
@@ -80,4 +80,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -114,7 +114,6 @@ def worker(runs: int) -> int:
                 f"  {name:<12} {middles[name]:.2f} candidates/s, quartiles {low:.2f} to {high:.2f}"
             )
         print(ratio_line("evolve_two_ranks", middles["two ranks"] / middles["one rank"], GOAL))
-    dist.destroy_process_group()
     return 0
 
 

@@ -11,13 +11,13 @@ network's. Random pixels: time and memory do not depend on them. Takes a minute 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 
 import torch
 
 from vimnas_ds.config import load_config
 from vimnas_ds.layout import Activation
+from vimnas_ds.processes import end_process
 from vimnas_ds.report.console import peak_memory
 from vimnas_ds.train.alpha_step import AlphaLearner
 from vimnas_ds.train.engine import build_engine
@@ -77,4 +77,4 @@ def _report(name: str, started: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

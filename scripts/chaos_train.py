@@ -28,6 +28,8 @@ if __name__ == "__main__":  # the imports below are a part of the start-up that 
 
 from run_processes import MARK, find_processes, kill
 
+from vimnas_ds.processes import end_process
+
 FOLDER = "VIMNAS_CHAOS"
 STARTING, LAST = "start-up", "after the last save"
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
@@ -189,4 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

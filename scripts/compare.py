@@ -28,6 +28,7 @@ import sys
 from functools import partial
 
 from vimnas_ds.config import ConfigError
+from vimnas_ds.processes import end_process
 from vimnas_ds.report.comparison import comparison_figure
 from vimnas_ds.report.confusion import write_figure
 from vimnas_ds.report.search_board import SearchBoard
@@ -192,4 +193,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

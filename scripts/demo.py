@@ -30,6 +30,7 @@ import perturb_select
 import report
 
 from vimnas_ds.predict import classify
+from vimnas_ds.processes import end_process
 from vimnas_ds.search.cli import run_script
 from vimnas_ds.search.run import SearchRun, open_run
 from vimnas_ds.search.statistics import standard_error
@@ -141,4 +142,4 @@ def classify_one(run: SearchRun, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

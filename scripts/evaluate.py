@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vimnas_ds.arch_file import named_arch
 from vimnas_ds.config import ConfigError
+from vimnas_ds.processes import end_process
 from vimnas_ds.report.confusion import confusion_figure, write_figure
 from vimnas_ds.report.table import format_table
 from vimnas_ds.search.cli import (
@@ -149,4 +149,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from vimnas_ds.config import ConfigError
+from vimnas_ds.processes import end_process
 from vimnas_ds.report.search_board import SearchBoard, candidates_figure
 from vimnas_ds.report.table import format_table
 from vimnas_ds.search.budget import add_budget_arguments, read_budget
@@ -200,4 +200,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from vimnas_ds.arch_file import named_arch
 from vimnas_ds.arguments import folder
 from vimnas_ds.export import ExportError, export_subnet, load_subnet
 from vimnas_ds.model.supernet import Supernet
+from vimnas_ds.processes import end_process
 from vimnas_ds.programs import CannotExpress, Head, Run, write_onnx, write_torch_export
 from vimnas_ds.search.cli import build_parser, run_script
 from vimnas_ds.search.run import choose_checkpoint, open_network
@@ -170,4 +170,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -19,11 +19,11 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import sys
 from collections.abc import Sequence
 from itertools import chain
 
 from vimnas_ds.config import ConfigError
+from vimnas_ds.processes import end_process
 from vimnas_ds.report.confusion import write_figure
 from vimnas_ds.report.decisions import DecisionRow, decisions_table, drops_figure
 from vimnas_ds.report.search_board import SearchBoard
@@ -192,4 +192,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -21,6 +21,7 @@ from PIL import Image
 from vimnas_ds.data.bad import BadFile
 from vimnas_ds.export import ExportError
 from vimnas_ds.predict import Classifier, Prediction
+from vimnas_ds.processes import end_process
 from vimnas_ds.report.pictures import contact_sheet, under_titles
 
 #: Frames of a strip.
@@ -96,4 +97,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vimnas_ds.arguments import folder
 from vimnas_ds.config import ConfigError
+from vimnas_ds.processes import end_process
 from vimnas_ds.report.confusion import write_figure
 from vimnas_ds.report.ranking import ranking_figure
 from vimnas_ds.report.search_board import SearchBoard
@@ -196,4 +196,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -15,7 +15,6 @@ seconds, and for the clips some batches of each dataset. Exit code 2: there is n
 from __future__ import annotations
 
 import argparse
-import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from vimnas_ds.durable import write_text
 from vimnas_ds.page.clips import contact_sheets, find_clips, without_clips
 from vimnas_ds.page.document import build_page
 from vimnas_ds.page.record import Record, read_record
+from vimnas_ds.processes import end_process
 from vimnas_ds.search.cli import run_script
 from vimnas_ds.search.run import latest_run, open_run
 from vimnas_ds.space import Arch
@@ -96,4 +96,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -25,17 +25,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from vimnas_ds.arch_file import read_arch
 from vimnas_ds.config import ConfigError, RunConfig, load_config
 from vimnas_ds.data.bad import BadAnnotations, DataMissing, TooManyBadFiles
 from vimnas_ds.durable import DISK_ERRORS
+from vimnas_ds.processes import end_process
 from vimnas_ds.train.open_data import open_data
 from vimnas_ds.train.ranks import (
     ALONE,
     CannotStart,
     RanksDisagree,
+    leave_ranks,
     rank_zero_decides,
     run_together,
     settle_on_cpu,
@@ -114,8 +114,7 @@ def main(argv: list[str] | None = None, watched: bool = False) -> int:
         if rank == "0":  # it knows what the others cannot start with
             print(f"cannot start:\n{err}", file=sys.stderr)
         watch.leave(Exit.CANNOT_START)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_ranks()
         return Exit.CANNOT_START
     except Exception as err:
         watch.fail(err)
@@ -206,9 +205,9 @@ def run(trainer: Trainer, watch: Watch) -> int:
         trainer.close()
     except OSError as err:
         print(f"the run's files do not hold how it ended ({text}): {err}", file=sys.stderr)
-    dist.destroy_process_group()
+    leave_ranks()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(watched=True))
+    end_process(main(watched=True))

@@ -32,6 +32,7 @@ from vimnas_ds.data.capacity import decoding_threads
 from vimnas_ds.data.joint import JointData, open_datasets
 from vimnas_ds.data.loader import Batch, EvalLoader, TrainLoader
 from vimnas_ds.data.readers import Readers
+from vimnas_ds.processes import end_process
 from vimnas_ds.report.pictures import Picture, captions, contact_sheet, under_titles
 from vimnas_ds.train.objective import Objective
 
@@ -176,4 +177,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

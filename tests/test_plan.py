@@ -393,6 +393,7 @@ from tests.small import small_config
 from torch.nn import functional as F
 from vimnas_ds.config import parse_config
 from vimnas_ds.layout import Activation
+from vimnas_ds.processes import end_process
 from vimnas_ds.train.engine import build_engine
 from vimnas_ds.train.ranks import start_ranks
 
@@ -410,6 +411,7 @@ print(json.dumps({
     "moments": size(moments),
     "gradients": size(g.flat_partition for g in zero.averaged_gradients.values()),
 }))
+end_process(0)
 """
 
 

@@ -159,3 +159,30 @@ print(run_together(lambda: time.sleep(float(sys.argv[1])) or ranks.rank, ranks))
 def test_ranks_wait_for_one_that_takes_longer_than_the_groups_timeout() -> None:
     ended = run([["-c", WAIT, "8"], ["-c", WAIT, "0"]])
     assert [(code, out.strip()) for code, out, _ in ended] == [(0, "0"), (0, "1")], ended
+
+
+END = """
+import atexit, threading, time, torch
+import torch.distributed as dist
+from vimnas_ds.processes import end_process
+from vimnas_ds.train.ranks import start_ranks
+
+class Last:  # what Python still has to do once it hands its lock to no other thread
+    def __del__(self, sleep=time.sleep):
+        sleep(5)
+
+last = Last()
+atexit.register(lambda: print("in a group:", dist.is_initialized()))
+rank = start_ranks(engine=False).rank
+torch.set_num_threads(1)
+x = torch.ones(2000, 2000)
+threading.Thread(target=lambda: [x @ x for _ in range(1000)], daemon=True).start()
+time.sleep(0.1)
+end_process(rank + 5)
+"""
+
+
+def test_a_process_ends_with_its_own_code_whatever_its_threads_do() -> None:
+    ended = run([["-c", END]] * 2)
+    found = [(code, out) for code, out, _ in ended]
+    assert found == [(5, "in a group: False\n"), (6, "in a group: False\n")], ended

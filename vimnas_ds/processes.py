@@ -1,13 +1,15 @@
-"""How many processes share this machine, and what one of them may use (no torch)."""
+"""How many processes share this machine, what one of them may use, how one ends (no torch)."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 
 def local_processes(world_size: int) -> int:
@@ -106,3 +108,20 @@ def processor_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with `code`, without taking Python apart.
+
+    A C++ thread that needs Python while it is taken apart aborts the process, and a run that is
+    done would end with -6: gloo's, when it is the last to hold a collective's tensor (DeepSpeed
+    keeps the group, and with it these threads, to the end), or a decoder's. Functions of `atexit`
+    are called; threads must have been joined by whoever started them.
+    """
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # nobody reads any more
+        code = code or 120  # as Python says it
+    os._exit(code)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.small import small_config
 from vimnas_ds.config import parse_config
 from vimnas_ds.layout import Activation
+from vimnas_ds.processes import end_process
 from vimnas_ds.train.alpha_step import AlphaLearner
 from vimnas_ds.train.checkpoint import SaveFailed, load_checkpoint, save_checkpoint
 from vimnas_ds.train.engine import Engine, build_engine
@@ -97,3 +98,4 @@ else:
     save_checkpoint(out[0], STEPS, engine, state_of(learner), ranks, keep=2)
     report("odd", same=state["odd"] == {3: (1.5, None)})
     report("loss", value=step(engine, STEPS))
+end_process(0)

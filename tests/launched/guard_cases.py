@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from vimnas_ds.config import load_config
+from vimnas_ds.processes import end_process
 from vimnas_ds.train.loop import Trainer
 from vimnas_ds.train.open_data import open_data
 from vimnas_ds.train.ranks import settle_on_cpu, start_ranks
@@ -176,4 +177,4 @@ if __name__ == "__main__":
         collapse("unguarded", guarded=False)
         collapse("guarded", guarded=True)
     dist.barrier()
-    dist.destroy_process_group()
+    end_process(0)

@@ -17,6 +17,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts import train
+from vimnas_ds.processes import end_process
 from vimnas_ds.train.schedule import StepContext
 from vimnas_ds.train.watch import Watch
 
@@ -62,4 +63,4 @@ class MisbehavingWatch(Watch):
 
 if __name__ == "__main__":
     train.Watch = MisbehavingWatch  # type: ignore[misc]
-    sys.exit(train.main(watched=True))
+    end_process(train.main(watched=True))

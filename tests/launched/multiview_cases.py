@@ -26,6 +26,7 @@ from tests.media import encode
 from tests.small import small_config
 from vimnas_ds.config import parse_config
 from vimnas_ds.data.catalog import Sample
+from vimnas_ds.processes import end_process
 from vimnas_ds.report.pictures import MEAN, STD
 from vimnas_ds.search.multiview import MultiViewEvaluator
 from vimnas_ds.search.run import SearchRun
@@ -129,3 +130,4 @@ if __name__ == "__main__":
     values = results(Path(sys.argv[-1]), ranks)
     if ranks.is_main:
         print("RESULT", json.dumps(values), flush=True)
+    end_process(0)

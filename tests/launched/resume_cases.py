@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.untrained import write_data
 from vimnas_ds.checkpoint_names import newest_first
 from vimnas_ds.config import ConfigError, load_config
+from vimnas_ds.processes import end_process
 from vimnas_ds.train.claim import choose_start
 from vimnas_ds.train.guard import NotSound
 from vimnas_ds.train.loop import Trainer
@@ -181,3 +182,4 @@ if __name__ == "__main__":
     changed()
     without_guard()
     given_up()
+    end_process(0)

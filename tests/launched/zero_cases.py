@@ -28,6 +28,7 @@ from tests.small import small_config
 from vimnas_ds.config import parse_config
 from vimnas_ds.layout import Activation, ParamGrids
 from vimnas_ds.ops._extension import available
+from vimnas_ds.processes import end_process
 from vimnas_ds.seeds import derive_seed
 from vimnas_ds.train.alpha_step import AlphaLearner
 from vimnas_ds.train.engine import Engine, build_engine, build_supernet
@@ -472,5 +473,5 @@ if __name__ == "__main__":
     clipped()
     stock_adamw()
     agreement()
-    dist.barrier()
-    dist.destroy_process_group()  # or the first to leave takes the store from the others
+    dist.barrier()  # or the first to leave takes the store from the others
+    end_process(0)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from vimnas_ds.arguments import folder as folder_argument
@@ -20,7 +19,7 @@ from vimnas_ds.export import ExportError
 from vimnas_ds.search.objective import parse_objective
 from vimnas_ds.search.run import SearchRun, TrainedNetwork
 from vimnas_ds.search.scoring import EvaluationLog, Evaluations
-from vimnas_ds.train.ranks import CannotStart, RanksDisagree
+from vimnas_ds.train.ranks import CannotStart, RanksDisagree, leave_ranks
 
 log = logging.getLogger(__name__)
 
@@ -182,5 +181,4 @@ def run_script(body: Callable[[], int]) -> int:
             print(f"{who}{what}: {err}", file=sys.stderr, flush=True)  # noqa: T201
         return 2
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_ranks()

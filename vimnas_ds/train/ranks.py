@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import enum
 import functools
@@ -52,6 +53,9 @@ SEARCH_TIMEOUT, TRAINING_TIMEOUT = 24 * 60, 4 * 60
 def start_ranks(timeout_minutes: float = TRAINING_TIMEOUT, engine: bool = True) -> Ranks:
     """Join the process group: NCCL on GPUs, gloo on CPUs. Works with no launcher, as one rank.
 
+    The process leaves it at its end, if not before. Where DeepSpeed's engine keeps the group, its
+    threads stay: programs end by `processes.end_process`.
+
     `engine` is False for tools that use no DeepSpeed engine: they start without importing it, and
     one process starts no group at all.
     """
@@ -67,6 +71,7 @@ def start_ranks(timeout_minutes: float = TRAINING_TIMEOUT, engine: bool = True) 
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    atexit.register(leave_ranks)
     backend, timeout = "nccl" if gpu else "gloo", datetime.timedelta(minutes=timeout_minutes)
     if not engine:
         dist.init_process_group(backend, timeout=timeout)
@@ -78,6 +83,12 @@ def start_ranks(timeout_minutes: float = TRAINING_TIMEOUT, engine: bool = True) 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave_ranks() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def settle_on_cpu(threads: int | None, ranks: Ranks) -> None:
