@@ -537,6 +537,7 @@ def test_scores_tell_of_how_many_views_they_are_and_bold_is_a_single_network(
     scores = part(make(root), "test-scores")
     assert "<th>loss</th>" not in scores
     assert "Taken over from Controls, which says" in scores
+    assert scores.count("<th>mean of 20 random ones</th>") == 1
     assert "<th>k400: mean of 20 random ones</th>" in scores
     comparison = json.loads((root / "compare" / "compare.json").read_text())
     del comparison["views"]
@@ -544,6 +545,25 @@ def test_scores_tell_of_how_many_views_they_are_and_bold_is_a_single_network(
     assert "The file does not tell of how many views." in part(make(root), "controls")
     bold = re.findall(r'data-cell="([^"]*)" class="best"', scores)
     assert bold == ["test:imagenet:largest:top1", "test:k400:largest:top1"]
+
+
+def test_the_chosen_ones_test_score_is_told_first_unless_it_is_an_earlier_picks(
+    tmp_path: Path,
+) -> None:
+    root, tile = search(tmp_path / "run"), "its top-1 on test, mean of datasets"
+    assert tile not in make(root)  # never scored there
+    summary = json.loads((root / "summary.json").read_text())
+    for (name, entry), top1 in zip(summary["datasets"].items(), (0.5, 0.2375), strict=True):
+        scores = {"top1": top1, "params": 10, "gflops": 0.01, "count": 16}
+        entry["picks"] = {**entry["picks"], "perturbation": scores}
+        write(root / "summary.json", summary)
+        text, both = make(root), name == list(summary["datasets"])[-1]
+        assert (f"<b>36.9%</b><span>{tile}" in text) == (tile in text) == both
+        assert Reader(text).cells["test:mean:perturbation"] == ("36.9%" if both else "-")
+    assert "<th>chance</th><td>25.0%</td><td>25.0%</td><td>25.0%</td>" in part(text, "test-scores")
+    file = root / "perturbation" / "result.json"
+    write(file, {**json.loads(file.read_text()), "arch": json.loads(OTHER.to_json())})
+    assert tile not in make(root)
 
 
 def test_a_comparison_of_an_earlier_pick_says_so_and_an_imported_run_has_no_training(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vimnas_ds.page.charts import SUBNETS, Line, colour, line_chart, subnet_colour
 from vimnas_ds.page.markup import (
@@ -49,6 +50,8 @@ def headline(record: Record) -> str:
         most = max(d["params"] for d in pick["datasets"].values())
         tiles.append((f"chosen by {choice.name}: parameters", large(most)))
         tiles.append(("its top-1 on select, mean", percent(pick["accuracy"])))
+        if (test := _test_mean(record, choice.name)) is not None:
+            tiles.append(("its top-1 on test, mean of datasets", percent(test)))
     cells = "".join(f"<div><b>{escape(v)}</b><span>{escape(k)}</span></div>" for k, v in tiles)
     about = record.config.about.partition(" Command:")[0]
     chosen = ""
@@ -64,6 +67,15 @@ def headline(record: Record) -> str:
         f"<h1>{escape(record.name)}</h1>"
         f'<p class="about">{escape(about)}</p>{chosen}<div class="tiles">{cells}</div>'
     )
+
+
+def _test_mean(record: Record, name: str) -> float | None:
+    """Mean test top-1 of a search's present pick; None where it was not scored on all datasets."""
+    entries = (record.summary or {}).get("datasets", {}).values()
+    found = [entry["picks"].get(name) for entry in entries]
+    if not found or None in found or name in record.earlier_picks:
+        return None
+    return float(sum(pick["top1"] for pick in found) / len(found))
 
 
 def _state_tile(record: Record) -> tuple[str, str]:
@@ -187,7 +199,7 @@ def _probabilities(steps: Sequence[int], values: object, choices: Sequence[float
 
 
 def test_scores(record: Record) -> str:
-    """summary.json as one table."""
+    """The scores of summary.json."""
     if record.summary is None:
         note = "The run has not finished: the test splits are read once, at its end."
         if record.is_imported:
@@ -198,36 +210,7 @@ def test_scores(record: Record) -> str:
         note = "The run was told not to read the test splits."
         return section("Test scores", f"<p>{note}</p>")
     at_end = any("loss" in p for entry in datasets.values() for p in entry["picks"].values())
-    rows: list[list[str | Cell]] = []
-    for name, entry in datasets.items():
-        best = max((p["top1"] for p in entry["picks"].values() if "k" not in p), default=0)
-        for pick, found in entry["picks"].items():
-            key = f"test:{name}:{pick}"
-            tone = "best" if found["top1"] == best and "k" not in found else ""
-            label = f"mean of {found['k']} random ones" if "k" in found else pick
-            loss = [f"{found['loss']:.3f}" if "loss" in found else "-"] if at_end else []
-            rows.append(
-                [
-                    f"{name}: {label}",
-                    Cell(percent(found["top1"]), f"{key}:top1", tone),
-                    percent(found.get("top5")),
-                    *loss,
-                    percent(entry["chance"]),
-                    Cell(f"{found['params']:,.0f}", f"{key}:params"),
-                    f"{found['gflops']:.4g}",
-                    f"{found['count']:,}" if "count" in found else "-",
-                ]
-            )
-    head = [
-        "dataset: sub-network",
-        "top-1",
-        "top-5",
-        *(["loss"] if at_end else []),
-        "chance",
-        "parameters",
-        "GFLOPs",
-        "samples",
-    ]
+    body = _tops(datasets) + folded("Every figure of them", _every_score(datasets, at_end))
     how = "One centre view of a sample, read at the end of the training"
     others = {"Controls": record.comparison, "Evaluation": record.evaluation}
     if not at_end:
@@ -236,11 +219,58 @@ def test_scores(record: Record) -> str:
             how += f" and that {' and '.join(record.earlier_picks)} is an earlier pick"
     elif told := [name for name, found in others.items() if found]:
         how += f" (those of {' and '.join(told)}: as many as written there)"
-    lead = (
-        f"{how}. Bold: the best single one of its dataset. GFLOPs: 1e9 multiply-accumulates per "
-        "input."
-    )
-    return section("Test scores", table(head, rows), lead)
+    lead = f"Top-1. {how}. Bold: the best single one of its dataset."
+    return section("Test scores", body, lead)
+
+
+def _tops(datasets: Mapping[str, Any]) -> str:
+    """Top-1 of sub-networks (rows) on datasets (columns), and by guessing."""
+    single = [
+        max((p["top1"] for p in entry["picks"].values() if "k" not in p), default=0)
+        for entry in datasets.values()
+    ]
+    names = dict.fromkeys(name for entry in datasets.values() for name in entry["picks"])
+    rows: list[list[str | Cell]] = []
+    for name in names:
+        found = [entry["picks"].get(name) for entry in datasets.values()]
+        row: list[str | Cell] = [_pick_label(name, next(p for p in found if p))]
+        for dataset, pick, best in zip(datasets, found, single, strict=True):
+            if pick is None:
+                row.append("-")
+                continue
+            tone = "best" if pick["top1"] == best and "k" not in pick else ""
+            row.append(Cell(percent(pick["top1"]), f"test:{dataset}:{name}:top1", tone))
+        tops = [p["top1"] for p in found if p]
+        mean = percent(sum(tops) / len(tops)) if len(tops) == len(datasets) else "-"
+        rows.append([*row, Cell(mean, f"test:mean:{name}")])
+    chances = [entry["chance"] for entry in datasets.values()]
+    rows.append(["chance", *map(percent, chances), percent(sum(chances) / len(chances))])
+    return table(["sub-network", *datasets, "mean"], rows)
+
+
+def _every_score(datasets: Mapping[str, Any], with_loss: bool) -> str:
+    """Everything that summary.json says of them, a row for each on each dataset."""
+    rows: list[list[str | Cell]] = [
+        [
+            f"{dataset}: {_pick_label(name, found)}",
+            percent(found["top1"]),
+            percent(found.get("top5")),
+            *([f"{found['loss']:.3f}" if "loss" in found else "-"] if with_loss else []),
+            Cell(f"{found['params']:,.0f}", f"test:{dataset}:{name}:params"),
+            f"{found['gflops']:.4g}",
+            f"{found['count']:,}" if "count" in found else "-",
+        ]
+        for dataset, entry in datasets.items()
+        for name, found in entry["picks"].items()
+    ]
+    loss = ["loss"] if with_loss else []
+    head = ["dataset: sub-network", "top-1", "top-5", *loss, "parameters", "GFLOPs", "samples"]
+    note = "<p>GFLOPs: 1e9 multiply-accumulates per input.</p>"
+    return table(head, rows) + note
+
+
+def _pick_label(name: str, found: Mapping[str, Any]) -> str:
+    return f"mean of {found['k']} random ones" if "k" in found else name
 
 
 def faults(record: Record) -> str:
