@@ -71,6 +71,7 @@ class Life:
         if self._appointment is not None:
             self._typical = json.loads((folder.parent / f"typical-{self.rank}.json").read_text())
         self._struck = False
+        self._timer: threading.Timer | None = None
         main = threading.get_ident()
         sys.addaudithook(lambda event, _: self._hook(event, main))
         self.enter(STARTING, 0)
@@ -89,7 +90,8 @@ class Life:
             self.strike()
         if self._is_due() and one.file_event is None:
             seconds = one.share * self._typical[moment][0] - (time.monotonic() - self._began)
-            threading.Timer(max(seconds, 0), self.strike).start()
+            self._timer = threading.Timer(max(seconds, 0), self.strike)
+            self._timer.start()
         return around
 
     def leave(self, around: str) -> None:
@@ -141,6 +143,12 @@ class Life:
         processes = find_processes(os.environ[MARK])
         kill([p for p in processes if victim in ("all", p.role)])
 
+    def await_strike(self) -> None:
+        """A strike that is under way comes before this process's own end."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+
     def report(self) -> None:
         """The medians of what each moment takes: (seconds, events in the file system). Of the
         undisturbed run, which comes first."""
@@ -187,6 +195,7 @@ def main() -> int:
     Trainer.run = run  # type: ignore[method-assign]
     code = train.main(sys.argv[1:], watched=True)
     life.report()
+    life.await_strike()
     return code
 
 

@@ -550,20 +550,46 @@ def test_scores_tell_of_how_many_views_they_are_and_bold_is_a_single_network(
 def test_the_chosen_ones_test_score_is_told_first_unless_it_is_an_earlier_picks(
     tmp_path: Path,
 ) -> None:
-    root, tile = search(tmp_path / "run"), "its top-1 on test, mean of datasets"
-    assert tile not in make(root)  # never scored there
+    root = search(tmp_path / "run")
+    files = [root / name for name in ("compare/compare.json", "perturbation/result.json")]
+    compared, result = (json.loads(file.read_text()) for file in files)
+    tile = f"<b>{compared['entries'][0]['mean_top1']:.1%}</b><span>its top-1 on test, mean</span>"
+    assert tile in make(root)
+    entry = compared["entries"][0]
+    for other in ({**compared, "split": "select"}, {**compared, "entries": [3]},
+                  {**compared, "entries": [{**entry, "mean_top1": "x"}]},
+                  {**compared, "entries": [{**entry, "name": "evolution"}]}):  # fmt: skip
+        write(files[0], other)
+        assert "top-1 on test, mean" not in make(root)
+    write(files[0], compared)
+    write(files[1], {**result, "arch": json.loads(OTHER.to_json())})
+    assert "top-1 on test, mean" not in make(root)
+
+
+def test_test_scores_have_a_mean_where_all_are_there_and_tell_of_earlier_picks(
+    tmp_path: Path,
+) -> None:
+    root = search(tmp_path / "run")
+    (root / "compare" / "compare.json").unlink()  # or made since
     summary = json.loads((root / "summary.json").read_text())
-    for (name, entry), top1 in zip(summary["datasets"].items(), (0.5, 0.2375), strict=True):
-        scores = {"top1": top1, "params": 10, "gflops": 0.01, "count": 16}
-        entry["picks"] = {**entry["picks"], "perturbation": scores}
+    scores = {"params": 10, "gflops": 0.01, "count": 16}
+    for entry in summary["datasets"].values():
+        for pick in entry["picks"].values():
+            del pick["loss"]
+    arch = json.loads(PICK.to_json())
+    for entry, top1, mean in zip(summary["datasets"].values(), (0.5, 0.2375), "-x", strict=True):
+        entry["picks"] = {**entry["picks"], "perturbation": {**scores, "top1": top1, "arch": arch}}
         write(root / "summary.json", summary)
-        text, both = make(root), name == list(summary["datasets"])[-1]
-        assert (f"<b>36.9%</b><span>{tile}" in text) == (tile in text) == both
-        assert Reader(text).cells["test:mean:perturbation"] == ("36.9%" if both else "-")
-    assert "<th>chance</th><td>25.0%</td><td>25.0%</td><td>25.0%</td>" in part(text, "test-scores")
+        text = make(root)
+        expected = "36.9%" if mean == "x" else mean
+        assert Reader(text).cells["test:mean:perturbation:top1"] == expected
+    chance = "<th>chance</th><td>25.0%</td><td>25.0%</td><td>25.0%</td>"
+    assert chance in part(text, "test-scores")
+    assert "earlier pick" not in part(text, "test-scores")
     file = root / "perturbation" / "result.json"
     write(file, {**json.loads(file.read_text()), "arch": json.loads(OTHER.to_json())})
-    assert tile not in make(root)
+    earlier = "perturbation is an earlier pick than the one drawn above"
+    assert earlier in part(make(root), "test-scores")
 
 
 def test_a_comparison_of_an_earlier_pick_says_so_and_an_imported_run_has_no_training(

@@ -178,6 +178,7 @@ torch.set_num_threads(1)
 x = torch.ones(2000, 2000)
 threading.Thread(target=lambda: [x @ x for _ in range(1000)], daemon=True).start()
 time.sleep(0.1)
+dist.barrier()
 end_process(rank + 5)
 """
 
@@ -186,3 +187,15 @@ def test_a_process_ends_with_its_own_code_whatever_its_threads_do() -> None:
     ended = run([["-c", END]] * 2)
     found = [(code, out) for code, out, _ in ended]
     assert found == [(5, "in a group: False\n"), (6, "in a group: False\n")], ended
+
+
+def test_what_cannot_be_written_at_the_end_is_said_and_a_closed_output_is_none() -> None:
+    code = "from vimnas_ds.processes import end_process; print('x'); end_process({})"
+    expected = [(">&-", 0, 0), (">&-", 3, 3), (">/dev/full", 0, 120), (">/dev/full", 3, 3)]
+    for where, given, found in expected:
+        command = f'PYTHONUNBUFFERED= {shlex.quote(sys.executable)} -c "{code.format(given)}"'
+        done = subprocess.run(
+            f"{command} {where}", shell=True, cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == found
+        assert ("No space left" in done.stderr) == (where == ">/dev/full")

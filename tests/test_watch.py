@@ -229,8 +229,7 @@ from vimnas_ds.config import FaultsSection
 from vimnas_ds.train import watch as module
 
 module.MEETING = 1.0 if "alone" in sys.argv else 600.0
-if "nohup" in sys.argv:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
 watch = module.Watch()
 watch.start()
 if "alone" in sys.argv:  # the others never come, or there are none

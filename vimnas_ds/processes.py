@@ -116,12 +116,15 @@ def end_process(code: int) -> NoReturn:
     A C++ thread that needs Python while it is taken apart aborts the process, and a run that is
     done would end with -6: gloo's, when it is the last to hold a collective's tensor (DeepSpeed
     keeps the group, and with it these threads, to the end), or a decoder's. Functions of `atexit`
-    are called; threads must have been joined by whoever started them.
+    are called; files must have been closed and threads joined by whoever opened and started them.
+    What cannot be written of the output makes 120 of 0, as in Python.
     """
     atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # nobody reads any more
-        code = code or 120  # as Python says it
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # None: closed before Python began
+                stream.flush()
+        except OSError as error:
+            code = code or 120
+            os.write(2, f"the end of the output is lost: {error}\n".encode())
     os._exit(code)

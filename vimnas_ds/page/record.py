@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -109,11 +110,27 @@ class Record:
         """Searches that have picked another sub-network since the comparison was made."""
         entries = (self.comparison or {}).get("entries", [])
         compared = {e["name"]: e["arch"] for e in entries if e["role"] == "pick"}
-        return [
-            name
-            for name, pick in self.picks.items()
-            if name in compared and Arch.from_json(compared[name]) != Arch.from_json(pick["arch"])
-        ]
+        return [name for name, arch in compared.items() if self.has_moved_on(name, arch)]
+
+    def has_moved_on(self, name: str, arch: Mapping[str, Any]) -> bool:
+        """Whether a search's pick is another sub-network than this one."""
+        pick = self.picks.get(name)
+        return pick is not None and Arch.from_json(pick["arch"]) != Arch.from_json(arch)
+
+    @property
+    def chosen_on_test(self) -> float | None:
+        """Mean top-1 on test of the pick that the page is about, by the comparison; None where that
+        has not scored it, or has another form."""
+        if self.choice is None or (self.comparison or {}).get("split") != "test":
+            return None
+        try:
+            for entry in (self.comparison or {})["entries"]:
+                if (entry["role"], entry["name"]) == ("pick", self.choice.name):
+                    moved_on = self.has_moved_on(self.choice.name, entry["arch"])
+                    return None if moved_on else float(entry["mean_top1"])
+        except (KeyError, TypeError, ValueError, OverflowError):  # its own part says so
+            return None
+        return None
 
     @property
     def is_imported(self) -> bool:

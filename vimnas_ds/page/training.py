@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from vimnas_ds.page.charts import SUBNETS, Line, colour, line_chart, subnet_colour
@@ -50,8 +51,8 @@ def headline(record: Record) -> str:
         most = max(d["params"] for d in pick["datasets"].values())
         tiles.append((f"chosen by {choice.name}: parameters", large(most)))
         tiles.append(("its top-1 on select, mean", percent(pick["accuracy"])))
-        if (test := _test_mean(record, choice.name)) is not None:
-            tiles.append(("its top-1 on test, mean of datasets", percent(test)))
+        if (test := record.chosen_on_test) is not None:
+            tiles.append(("its top-1 on test, mean", percent(test)))
     cells = "".join(f"<div><b>{escape(v)}</b><span>{escape(k)}</span></div>" for k, v in tiles)
     about = record.config.about.partition(" Command:")[0]
     chosen = ""
@@ -67,15 +68,6 @@ def headline(record: Record) -> str:
         f"<h1>{escape(record.name)}</h1>"
         f'<p class="about">{escape(about)}</p>{chosen}<div class="tiles">{cells}</div>'
     )
-
-
-def _test_mean(record: Record, name: str) -> float | None:
-    """Mean test top-1 of a search's present pick; None where it was not scored on all datasets."""
-    entries = (record.summary or {}).get("datasets", {}).values()
-    found = [entry["picks"].get(name) for entry in entries]
-    if not found or None in found or name in record.earlier_picks:
-        return None
-    return float(sum(pick["top1"] for pick in found) / len(found))
 
 
 def _state_tile(record: Record) -> tuple[str, str]:
@@ -210,13 +202,15 @@ def test_scores(record: Record) -> str:
         note = "The run was told not to read the test splits."
         return section("Test scores", f"<p>{note}</p>")
     at_end = any("loss" in p for entry in datasets.values() for p in entry["picks"].values())
-    body = _tops(datasets) + folded("Every figure of them", _every_score(datasets, at_end))
+    body = _tops(datasets) + folded("The other figures", _other_scores(datasets, at_end))
     how = "One centre view of a sample, read at the end of the training"
     others = {"Controls": record.comparison, "Evaluation": record.evaluation}
     if not at_end:
         how = "Taken over from Controls, which says of how many views of a sample"
-        if record.earlier_picks:
-            how += f" and that {' and '.join(record.earlier_picks)} is an earlier pick"
+        picks = {n: p for entry in datasets.values() for n, p in entry["picks"].items()}
+        earlier = [n for n, p in picks.items() if "arch" in p and record.has_moved_on(n, p["arch"])]
+        if earlier:
+            how += f"; {' and '.join(earlier)} is an earlier pick than the one drawn above"
     elif told := [name for name, found in others.items() if found]:
         how += f" (those of {' and '.join(told)}: as many as written there)"
     lead = f"Top-1. {how}. Bold: the best single one of its dataset."
@@ -240,16 +234,15 @@ def _tops(datasets: Mapping[str, Any]) -> str:
                 continue
             tone = "best" if pick["top1"] == best and "k" not in pick else ""
             row.append(Cell(percent(pick["top1"]), f"test:{dataset}:{name}:top1", tone))
-        tops = [p["top1"] for p in found if p]
-        mean = percent(sum(tops) / len(tops)) if len(tops) == len(datasets) else "-"
-        rows.append([*row, Cell(mean, f"test:mean:{name}")])
+        mean = "-" if None in found else percent(fmean(p["top1"] for p in found))
+        rows.append([*row, Cell(mean, f"test:mean:{name}:top1")])
     chances = [entry["chance"] for entry in datasets.values()]
-    rows.append(["chance", *map(percent, chances), percent(sum(chances) / len(chances))])
+    rows.append(["chance", *map(percent, chances), percent(fmean(chances))])
     return table(["sub-network", *datasets, "mean"], rows)
 
 
-def _every_score(datasets: Mapping[str, Any], with_loss: bool) -> str:
-    """Everything that summary.json says of them, a row for each on each dataset."""
+def _other_scores(datasets: Mapping[str, Any], with_loss: bool) -> str:
+    """A row for each sub-network on each dataset."""
     rows: list[list[str | Cell]] = [
         [
             f"{dataset}: {_pick_label(name, found)}",

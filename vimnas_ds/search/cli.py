@@ -172,7 +172,9 @@ def run_script(body: Callable[[], int]) -> int:
     Exit codes: the body's own, 2 for a configuration, checkpoint or data that cannot be used.
     """
     try:
-        return body()
+        code = body()
+        leave_ranks()
+        return code
     except _MENDABLE as err:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not isinstance(err, CannotStart):  # which rank 0 says for all
@@ -180,5 +182,3 @@ def run_script(body: Callable[[], int]) -> int:
             who = "" if rank == "0" else f"rank {rank} "
             print(f"{who}{what}: {err}", file=sys.stderr, flush=True)  # noqa: T201
         return 2
-    finally:
-        leave_ranks()

@@ -53,8 +53,9 @@ SEARCH_TIMEOUT, TRAINING_TIMEOUT = 24 * 60, 4 * 60
 def start_ranks(timeout_minutes: float = TRAINING_TIMEOUT, engine: bool = True) -> Ranks:
     """Join the process group: NCCL on GPUs, gloo on CPUs. Works with no launcher, as one rank.
 
-    The process leaves it at its end, if not before. Where DeepSpeed's engine keeps the group, its
-    threads stay: programs end by `processes.end_process`.
+    A process leaves gloo's at its end, if not before. NCCL's must only be left once all ranks are
+    done: it waits for collectives that others may never join. DeepSpeed's engine keeps the group's
+    threads even then: programs end by `processes.end_process`.
 
     `engine` is False for tools that use no DeepSpeed engine: they start without importing it, and
     one process starts no group at all.
@@ -71,7 +72,8 @@ def start_ranks(timeout_minutes: float = TRAINING_TIMEOUT, engine: bool = True) 
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    atexit.register(leave_ranks)
+    if not gpu:
+        atexit.register(leave_ranks)
     backend, timeout = "nccl" if gpu else "gloo", datetime.timedelta(minutes=timeout_minutes)
     if not engine:
         dist.init_process_group(backend, timeout=timeout)
