@@ -6,18 +6,12 @@ import contextlib
 import importlib.util
 import io
 import os
-import socket
 import subprocess
 import sys
 from typing import Any
 
 from tests.conftest import ROOT
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+from vimnas_ds.train.ranks import free_port
 
 
 def launch(script: str, *args: str, ranks: int = 2, timeout: float = 400) -> str:

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.launch import free_port
 from tests.test_docs import commands, split
+from vimnas_ds.train.ranks import free_port
 
 #: In the order in which a reader needs them; a script's own commands in the pages' order.
 SCRIPTS = (

@@ -104,16 +104,16 @@ def fail() -> list[Finding]:
 
 
 @pytest.mark.parametrize(
-    ("part", "said"),
+    ("part", "seconds", "said"),
     [
-        (hang, "took longer than 0.5 s"),
-        (crash, "ended its process (exit code -9)"),
-        (fail, "RuntimeError: no kernel image"),
+        (hang, 0.5, "took longer than 0.5 s"),
+        (crash, 25, "ended its process (exit code -9)"),
+        (fail, 25, "RuntimeError: no kernel image"),
     ],
 )
-def test_a_check_that_dies_is_a_finding(part, said):
+def test_a_check_that_dies_is_a_finding(part, seconds, said):
     started = time.perf_counter()
-    (found,) = isolated(Check("it", part), 0.5)
+    (found,) = isolated(Check("it", part), seconds)
     assert time.perf_counter() - started < 30
     assert (found.name, found.state, found.counts) == ("it", "failed", True)
     assert said in found.detail
@@ -130,7 +130,7 @@ def test_what_a_hung_check_has_started_ends_with_it(tmp_path):
         (tmp_path / "new").rename(note)
         return hang()
 
-    (found,) = isolated(Check("it", hang_with_a_rank), 2)
+    (found,) = isolated(Check("it", hang_with_a_rank), 5)
     assert "took longer than" in found.detail
     pid, deadline = int(note.read_text()), time.monotonic() + 20
     while _runs(pid) and time.monotonic() < deadline:
@@ -154,6 +154,33 @@ def test_a_doctor_that_is_ended_leaves_no_check_behind():
         doctors.wait()
     assert checks
     assert not any(map(_runs, checks))
+
+
+ENDED_EARLY = """
+import os, signal, sys, time
+from vimnas_ds.doctor.finding import Check, isolated
+
+def note():
+    with open(sys.argv[1], "w") as file:
+        file.write(str(os.getpid()))
+
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+os.register_at_fork(
+    after_in_parent=lambda: (time.sleep(0.5), os.kill(os.getpid(), signal.SIGTERM)),
+    after_in_child=note,
+)
+isolated(Check("it", lambda: time.sleep(20) or []), 60)
+"""
+
+
+def test_a_doctor_that_is_ended_while_it_begins_a_check_leaves_none_behind(tmp_path):
+    """Where the signal arrives, nothing that Python raises is heard."""
+    command = [sys.executable, "-c", ENDED_EARLY, str(tmp_path / "pid")]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 15
+    assert not _runs(int((tmp_path / "pid").read_text()))
 
 
 def _leads(pid: int) -> bool:

@@ -397,9 +397,10 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(tmp_path: Path) -> 
     other = tmp_path / "killed"
     parts = other / "indexes" / "toy.parquet.parts"
     program = (
-        "import sys; from pathlib import Path; from vimnas_ds.data import index_build as b\n"
+        "import sys, time; from pathlib import Path; from vimnas_ds.data import index_build as b\n"
         "from vimnas_ds.data.probe_pool import ProbeLimits; from tests.media import section\n"
-        "b.PART_FILES = 5; root, file = map(Path, sys.argv[1:])\n"
+        "b.PART_FILES = 5; root, file = map(Path, sys.argv[1:]); write = b.write_rows\n"
+        "b.write_rows = lambda *part: (write(*part), time.sleep(60))\n"
         "b.build_index('toy', section(root, 'video'), file, ProbeLimits(1), show=False)\n"
     )
     file = other / "indexes" / "toy.parquet"

@@ -99,7 +99,9 @@ mapped = mmap.mmap(shared.fileno(), 0)
 held = bytearray(os.urandom(1 << 20) * 64)
 for _ in range(5):
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+begun = "import time; print('begun', flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", begun], stdout=subprocess.PIPE)
+child.stdout.readline()
 print("ready", flush=True)
 sys.stdin.read()
 child.kill()

@@ -15,9 +15,9 @@ from PIL import Image
 
 from scripts import index_data
 from tests.conftest import ROOT
-from tests.launch import free_port
 from tests.media import encode, numbered
 from tests.small import small_config
+from vimnas_ds.train.ranks import free_port
 
 pytestmark = pytest.mark.slow
 Ended = list[tuple[int, str, str]]
@@ -149,15 +149,21 @@ def test_one_rank_of_a_machine_builds_and_checks_and_all_see_the_same(folder: Pa
 
 WAIT = """
 import sys, time
+from pathlib import Path
 from vimnas_ds.train.ranks import run_together, start_ranks
 
+mine, other = map(Path, sys.argv[2:])
+mine.touch()
+while not other.exists():  # the timeout is that of their meeting too
+    time.sleep(0.01)
 ranks = start_ranks(timeout_minutes=0.05, engine=False)
 print(run_together(lambda: time.sleep(float(sys.argv[1])) or ranks.rank, ranks))
 """
 
 
-def test_ranks_wait_for_one_that_takes_longer_than_the_groups_timeout() -> None:
-    ended = run([["-c", WAIT, "8"], ["-c", WAIT, "0"]])
+def test_ranks_wait_for_one_that_takes_longer_than_the_groups_timeout(tmp_path: Path) -> None:
+    here = [str(tmp_path / name) for name in "ab"]
+    ended = run([["-c", WAIT, "8", *here], ["-c", WAIT, "0", *here[::-1]]])
     assert [(code, out.strip()) for code, out, _ in ended] == [(0, "0"), (0, "1")], ended
 
 

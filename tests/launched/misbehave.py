@@ -18,13 +18,14 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts import train
 from vimnas_ds.processes import end_process
+from vimnas_ds.train import watch
 from vimnas_ds.train.schedule import StepContext
 from vimnas_ds.train.watch import Watch
 
 action, rank, *place = os.environ["MISBEHAVE"].split()
 
 
-def misbehave() -> None:
+def misbehave(mine: Watch) -> None:
     if action == "nothing":
         return
     if action == "raise":
@@ -50,7 +51,10 @@ def misbehave() -> None:
         for _ in range(("worker", "launcher", "runner").index(target)):
             process = process.parent()
         process.send_signal(number)
-    time.sleep(1.5)  # until it is heard of: the others are at the place as well by then
+    time.sleep(1.5)  # the others are at the place as well by then
+    deadline = time.monotonic() + 30
+    while name in ("term", "kill") and not mine.stop_asked() and time.monotonic() < deadline:
+        time.sleep(0.05)  # until it is heard of
 
 
 class MisbehavingWatch(Watch):
@@ -58,9 +62,10 @@ class MisbehavingWatch(Watch):
         super().at(activity, step)
         if os.environ["RANK"] == rank and [activity, str(step)] == place:
             Path(os.environ["MISBEHAVED"]).touch()
-            misbehave()
+            misbehave(self)
 
 
 if __name__ == "__main__":
     train.Watch = MisbehavingWatch  # type: ignore[misc]
+    watch.LAST_WORDS = 15.0  # the disk may be busy
     end_process(train.main(watched=True))

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Literal
@@ -22,6 +22,7 @@ from typing import Literal
 State = Literal["ok", "slow", "missing", "failed", "skipped"]
 #: How packages are put right that the set-up should have brought.
 SETUP = "bash scripts/setup_venv.sh"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,15 @@ def isolated(check: Check, seconds: float, starting: float = 180.0) -> list[Find
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     child = context.Process(target=_inside, args=(check, theirs))
-    child.start()
-    assert child.pid is not None
-    with contextlib.suppress(OSError):  # it has done so itself, or has ended
-        os.setpgid(child.pid, child.pid)
-    theirs.close()
-    started, answer = time.perf_counter(), None
+    answer = None
     try:
+        with _signals_later():  # or one could end this process before it knows of the other
+            child.start()
+            assert child.pid is not None
+            with contextlib.suppress(OSError):  # it has done so itself, or has ended
+                os.setpgid(child.pid, child.pid)
+        theirs.close()
+        started = time.perf_counter()
         if not ours.poll(starting):
             answer = _failed(check, f"its imports took longer than {starting:.0f} s")
         elif (answer := ours.recv()) is None:  # ready
@@ -80,15 +83,32 @@ def isolated(check: Check, seconds: float, starting: float = 180.0) -> list[Find
         child.join()
         answer = _failed(check, f"ended its process (exit code {child.exitcode})")
     finally:
-        with contextlib.suppress(ProcessLookupError):  # nothing is left of it
-            os.killpg(child.pid, signal.SIGKILL)
-        child.join()
+        if child.pid is not None:
+            with contextlib.suppress(ProcessLookupError):  # nothing is left of it
+                os.killpg(child.pid, signal.SIGKILL)
+            child.join()
     took = time.perf_counter() - started
     return [replace(finding, seconds=took) for finding in answer or []]
 
 
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Signals that end a process are handled at the end of the block. For the main thread."""
+    arrived: list[int] = []
+    handlers = {n: signal.signal(n, lambda n, _: arrived.append(n)) for n in ENDING}
+    try:
+        yield
+    finally:
+        for ending, handler in handlers.items():
+            signal.signal(ending, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+
+
 def _inside(check: Check, pipe: Connection) -> None:
     os.setpgid(0, 0)
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(silence, stream)

@@ -192,14 +192,16 @@ class Hub:
         self._members: dict[int, _Member] = {}
         self._admitted: queue.SimpleQueue[_Member] = queue.SimpleQueue()
         self._told = threading.Event()
+        self._telling = threading.Lock()  # a verdict found meanwhile has not been told
         self._clock = AwakeClock()
         threading.Thread(target=self._run, name="hub", daemon=True).start()
 
     def find(self, verdict: Verdict | None) -> None:
         """A verdict to tell all ranks; the first one counts, for it is the cause of the others."""
-        if self.verdict is None and verdict is not None:
-            self._told.clear()
-            self.verdict = replace(verdict, text=shortened(verdict.text))
+        with self._telling:
+            if self.verdict is None and verdict is not None:
+                self._told.clear()
+                self.verdict = replace(verdict, text=shortened(verdict.text))
 
     def wait_until_told(self, seconds: float) -> None:
         """Until every rank has the verdict, or the wish to stop."""
@@ -259,16 +261,17 @@ class Hub:
             self.find(find_stuck([m.beat for m in self._members.values()], self.stuck))
 
     def _tell(self) -> None:
-        zero = self._members.get(0)
+        zero, verdict = self._members.get(0), self.verdict
         message = {
             "zero": asdict(zero.beat) if zero else None,
             "stop": self.stop,
-            "verdict": asdict(self.verdict) if self.verdict else None,
+            "verdict": asdict(verdict) if verdict else None,
         }
         for member in self._members.values():
             member.line.send(message)
-        if message["verdict"] or message["stop"]:
-            self._told.set()
+        with self._telling:
+            if verdict is self.verdict and (verdict or message["stop"]):
+                self._told.set()
 
 
 def connect(host: str, port: int, key: str, beat: Beat) -> Line:

@@ -9,6 +9,8 @@ import functools
 import itertools
 import operator
 import os
+import random
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,13 +103,23 @@ def settle_on_cpu(threads: int | None, ranks: Ranks) -> None:
         torch.set_num_threads(threads or cores_per_process(ranks.world_size))
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on at the moment."""
-    import socket
+_ports_given: set[int] = set()
 
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on at the moment: another one at each call,
+    and none that the kernel could give to a connection before it is used."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
+            try:
+                sock.bind(("", port))
+            except OSError:
+                continue
+        if port not in _ports_given:
+            _ports_given.add(port)
+            return port
+    raise OSError("none of 1,000 TCP ports from 20,000 to 32,000 is free")
 
 
 class CannotStart(RuntimeError):

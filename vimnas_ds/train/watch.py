@@ -53,6 +53,8 @@ from vimnas_ds.train.status import Exit
 #: Seconds in which a repeated signal belongs to the first: launchers pass on what their whole
 #: group was sent.
 ECHO = 2.0
+#: Seconds in which a signal waits for the reason: a launcher that has seen a rank end sends one.
+GLANCE = 0.2
 #: Seconds that an error in a collective waits to hear which rank is behind it.
 HEARSAY = 5.0
 #: Seconds in which all ranks must have met: one that died before that is not heard of.
@@ -216,17 +218,23 @@ class Watch:
         while True:
             line = self._line
             ready = wait([signals, *([line.connection] if line else [])], BEAT / 2)
+            if line and line.connection in ready:
+                self._hear(line.receive())
             if signals in ready:
+                self._listen(GLANCE)
                 for number in os.read(signals, 64):
                     if number in self._heeded:
                         self._signalled(signal.Signals(number))
-            if line and line.connection in ready:
-                self._hear(line.receive())
             if self._clock.now() - sent >= BEAT:
                 sent = self._clock.now()
                 self._look_after_launchers()
                 self._look_at_clock()
                 self._send_beat()
+
+    def _listen(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while self._line and wait([self._line.connection], max(end - time.monotonic(), 0)):
+            self._hear(self._line.receive())
 
     def _signalled(self, number: signal.Signals) -> None:
         if self._leaving:
